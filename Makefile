@@ -1,0 +1,62 @@
+# The commands of this repository. Each works in a fresh clone: `make venv` is done first where it is needed.
+#   make demo    a delta's whole life on a real model, offline after installation
+#   make test    everything that CI checks: format, lint, types, tests
+#   make quick   the tests that take seconds
+#   make bench   measurements; they fail only when they cannot run
+# Another place for the environment: make test VENV=/path/to/venv
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.deltahub-installed
+# The first interpreter that is new enough; a name that exists need not run (a version manager's shim).
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+WORKERS ?= 2
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+
+# Two workers on two cores: threads inside a worker only get in each other's way.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help venv demo test lint types quick bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+venv: $(STAMP)
+
+# torch goes first and alone: its wheel decides which of the others are compatible, and a failed download
+# of the largest file shows at once. setuptools is pinned too, hence no build isolation.
+$(STAMP): constraints.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt torch setuptools
+	$(PIP) install --constraint constraints.txt --no-build-isolation --config-settings editable_mode=compat --editable '.[dev]'
+	touch $@
+
+demo: venv
+	$(VENV)/bin/deltahub demo
+
+lint: venv
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+
+types: venv
+	$(PY) -m mypy
+
+test: lint types
+	$(PY) -m pytest -n $(WORKERS) -q
+
+quick: venv
+	$(PY) -m pytest -n $(WORKERS) -q -m 'not slow'
+
+bench: venv
+	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(PY) "$$file"; done
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
