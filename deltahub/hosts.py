@@ -1,0 +1,287 @@
+"""How one type of backbone module is seen: its sizes, its weight in canonical orientation, and how to apply it.
+
+A *view* knows one family of modules and nothing of deltas. The canonical orientation of a weight is
+``[out, in, *kernel]``: an ``nn.Linear`` as stored, GPT-2's ``Conv1D`` transposed, an ``nn.Embedding`` seen as the
+linear map from one-hot rows (``[dim, vocab]``), a norm's gain as ``[dim]``, a grouped convolution as stored
+(``[out, in / groups, *kernel]``). A module that no view knows is an opaque *block*: it has an input and an output
+and no weight that a delta may touch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltahub.errors import HostError
+from deltahub.kinds.host_shape import HostShape
+
+__all__ = ["BLOCK", "View", "block_width", "view_of"]
+
+_CONV1D_NAMES = frozenset({"transformers.pytorch_utils.Conv1D"})
+"""GPT-2's linear layer, recognised by name so that transformers is never imported for it."""
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _call_with(module: nn.Module, base: type[nn.Module], parameters: dict[str, Tensor | None], x: Tensor) -> Tensor:
+    """Run ``base.forward`` of ``module`` with other parameters, leaving the module untouched.
+
+    A shadow object shares everything but the parameter dictionary, so the call is pure: threads, ``vmap``,
+    ``torch.compile`` and ``torch.export`` see no mutation.
+    """
+    shadow = object.__new__(base)
+    state = dict(module.__dict__)
+    state["_parameters"] = {**module._parameters, **parameters}
+    shadow.__dict__.update(state)
+    return cast(Tensor, base.forward(shadow, x))
+
+
+class View:
+    """One family of modules as a host. Stateless; the instances below are shared."""
+
+    weight_name: str | None = "weight"
+    """The name under which the module stores what :meth:`weight` returns; ``None`` where there is none."""
+
+    def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:
+        raise NotImplementedError
+
+    def shape(self, module: nn.Module) -> HostShape:
+        raise NotImplementedError
+
+    def live_output(self, module: nn.Module) -> bool:  # noqa: ARG002  (views that depend on the module override it)
+        """Whether ``linear(host(x, down), up)`` equals the host applied with ``up @ down``."""
+        return True
+
+    def canonical(self, stored: Tensor) -> Tensor:
+        """The stored weight in canonical orientation (a view of it, no copy)."""
+        return stored
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """The inverse of :meth:`canonical`."""
+        return weight
+
+    def weight(self, module: nn.Module) -> Tensor:
+        """The module's weight in canonical orientation."""
+        return self.canonical(cast(Tensor, module.weight))
+
+    def bias(self, module: nn.Module) -> Tensor | None:
+        return cast("Tensor | None", getattr(module, "bias", None))
+
+    def apply(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The module's own computation with another weight (canonical) and bias.
+
+        Any module of a known family works: its own ``forward`` is called on a shadow that holds the two.
+        """
+        parameters: dict[str, Tensor | None] = {"weight": self.stored(weight)}
+        if "bias" in module._parameters or bias is not None:
+            parameters["bias"] = bias
+        return _call_with(module, base, parameters, x)
+
+    def partial(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG002
+        """``host(x, w)`` of the expression language: apply the module's geometry with ``w`` and without bias."""
+        raise HostError(
+            "E_HOST_NO_WEIGHT",
+            "this module cannot be applied with another weight",
+            where=type(module).__name__,
+            hint="use a kind whose equations do not call host(x, w)",
+        )
+
+
+class _LinearView(View):
+    def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:  # noqa: ARG002
+        return isinstance(module, nn.Linear)
+
+    def shape(self, module: nn.Module) -> HostShape:
+        d_out, d_in = cast(Tensor, module.weight).shape
+        return HostShape(family="linear", d_in=d_in, d_out=d_out, bias=module.bias is not None)
+
+    def apply(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if base.forward is nn.Linear.forward:
+            return F.linear(x, weight, bias)
+        return super().apply(module, base, x, weight, bias)
+
+    def partial(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG002
+        return F.linear(x, weight)
+
+
+class _Conv1DView(_LinearView):
+    """GPT-2's ``Conv1D``: a linear layer whose weight is stored as ``[in, out]``."""
+
+    def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:  # noqa: ARG002
+        return any(_qualified(c) in _CONV1D_NAMES for c in base.__mro__)
+
+    def shape(self, module: nn.Module) -> HostShape:
+        d_in, d_out = cast(Tensor, module.weight).shape
+        return HostShape(family="linear", d_in=d_in, d_out=d_out, bias=True)
+
+    def canonical(self, stored: Tensor) -> Tensor:
+        return stored.T
+
+    def stored(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def apply(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG002
+        return F.linear(x, weight, bias)
+
+
+class _ConvView(View):
+    def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:  # noqa: ARG002
+        return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not isinstance(
+            module, nn.modules.conv._ConvTransposeNd
+        )
+
+    def shape(self, module: nn.Module) -> HostShape:
+        d_out, d_in, *kernel = cast(Tensor, module.weight).shape
+        return HostShape(
+            family="conv",
+            d_in=d_in,
+            d_out=d_out,
+            kernel=tuple(kernel),
+            bias=module.bias is not None,
+            spatial=len(kernel),
+            channels_first=True,
+            grouped=not self.live_output(module),
+        )
+
+    def live_output(self, module: nn.Module) -> bool:
+        # In a grouped convolution an output channel sees its own group only, which `up` would mix.
+        return bool(module.groups == 1)
+
+    def apply(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if base.forward in _PLAIN_CONV_FORWARDS:
+            return cast(Tensor, module._conv_forward(x, weight, bias))  # type: ignore[operator]
+        return super().apply(module, base, x, weight, bias)
+
+    def partial(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+        return cast(Tensor, module._conv_forward(x, weight, None))  # type: ignore[operator]
+
+
+_PLAIN_CONV_FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+
+class _EmbeddingView(View):
+    """``nn.Embedding`` as the linear map from one-hot rows: canonical weight ``[dim, vocab]``."""
+
+    def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:  # noqa: ARG002
+        # max_norm renormalises the stored rows in place during forward, which no pure function of W can follow.
+        return isinstance(module, nn.Embedding) and module.max_norm is None
+
+    def shape(self, module: nn.Module) -> HostShape:
+        vocab, dim = cast(Tensor, module.weight).shape
+        return HostShape(family="embedding", d_in=vocab, d_out=dim, bias=False)
+
+    def canonical(self, stored: Tensor) -> Tensor:
+        return stored.T
+
+    def stored(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def bias(self, module: nn.Module) -> Tensor | None:  # noqa: ARG002
+        return None
+
+    def apply(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # Through the module's own forward: several models scale their embeddings there.
+        y = _call_with(module, base, {"weight": weight.T}, x)
+        return y if bias is None else y + bias
+
+    def partial(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG002
+        return F.embedding(x, weight.T)
+
+
+class _NormView(View):
+    """Normalisation layers: a gain, and perhaps a bias, of one axis."""
+
+    def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:
+        parameters = module._parameters
+        weight = parameters.get("weight")
+        return (
+            "norm" in base.__name__.lower()
+            and weight is not None
+            and weight.ndim == 1
+            and set(parameters) <= {"weight", "bias"}
+            and not any(name != "deltahub" and not name.startswith("deltahub:") for name in module._modules)
+        )
+
+    def shape(self, module: nn.Module) -> HostShape:
+        dim = cast(Tensor, module.weight).shape[0]
+        first = isinstance(module, (nn.GroupNorm, nn.modules.batchnorm._NormBase))
+        return HostShape(
+            family="norm",
+            d_in=dim,
+            d_out=dim,
+            bias=self.bias(module) is not None,
+            channels_first=first,
+            grouped=first,
+        )
+
+    def apply(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is not None and module._parameters.get("bias") is None:
+            # An RMS norm's forward knows no bias and would ignore one without a word.
+            return _call_with(module, base, {"weight": weight}, x) + bias
+        return super().apply(module, base, x, weight, bias)
+
+    def live_output(self, module: nn.Module) -> bool:
+        # A norm over channels-first maps takes inputs of any rank, so the channel axis is not known beforehand.
+        return not isinstance(module, (nn.GroupNorm, nn.modules.batchnorm._NormBase))
+
+
+class _BlockView(View):
+    weight_name = None
+
+    def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:  # noqa: ARG002
+        return True
+
+    def shape(self, module: nn.Module) -> HostShape:
+        width = block_width(module)
+        return HostShape(family="block", d_in=width, d_out=width, bias=False)
+
+    def bias(self, module: nn.Module) -> Tensor | None:  # noqa: ARG002
+        return None
+
+    def weight(self, module: nn.Module) -> Tensor:
+        raise HostError(
+            "E_HOST_NO_WEIGHT",
+            "a block has no weight of its own",
+            where=type(module).__name__,
+            hint="target the linear, convolution, embedding or norm inside it",
+        )
+
+
+BLOCK: View = _BlockView()
+_VIEWS: Sequence[View] = (_Conv1DView(), _LinearView(), _ConvView(), _EmbeddingView(), _NormView())
+
+
+def view_of(module: nn.Module, base: type[nn.Module] | None = None) -> View:
+    """The view that fits a module; :data:`BLOCK` where no more is known of it.
+
+    Args:
+        module: a module of the backbone.
+        base: its class before any delta was attached; the module's own class by default.
+    """
+    base = base or type(module)
+    for view in _VIEWS:
+        if view.matches(module, base):
+            return view
+    return BLOCK
+
+
+def block_width(module: nn.Module) -> int | None:
+    """The width of a block's output: that of the last module inside it whose output width is known.
+
+    Transformer blocks end in a projection back to the hidden size, or in a norm of it, so no forward pass on
+    made-up data is needed. ``None`` where nothing inside tells; an author then gives ``width=``.
+    """
+    last: int | None = None
+    for name, child in module.named_modules():
+        if not name or "deltahub:" in name:
+            continue
+        view = view_of(child)
+        if view is not BLOCK:
+            last = view.shape(child).d_out
+    return last
