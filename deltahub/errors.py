@@ -25,7 +25,13 @@ __all__ = [
     "printable",
 ]
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 _LONGEST = 400
+_MOST = 20
 
 
 def printable(value: object) -> str:
@@ -50,6 +56,7 @@ class DeltaHubError(Exception):
         expected: what would have been right.
         found: what was there instead.
         hint: what the reader can do.
+        also: further problems of the same document, one line each.
     """
 
     def __init__(
@@ -61,6 +68,7 @@ class DeltaHubError(Exception):
         expected: object = None,
         found: object = None,
         hint: str | None = None,
+        also: Sequence[str] = (),
     ) -> None:
         self.code = code
         self.what = what
@@ -68,10 +76,11 @@ class DeltaHubError(Exception):
         self.expected = expected
         self.found = found
         self.hint = hint
-        super().__init__(code, what, where, expected, found, hint)
+        self.also = tuple(also)
+        super().__init__(code, what, where, expected, found, hint, self.also)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (type(self), self.code, self.what, self.where, self.expected, self.found, self.hint))
+        return (_rebuild, (type(self), *self.args))
 
     def __str__(self) -> str:
         parts = [f"[{self.code}] {printable(self.what)}"]
@@ -83,10 +92,13 @@ class DeltaHubError(Exception):
         ):
             if value is not None:
                 parts.append(f"  {label + ':':<10}{printable(value)}")
+        parts += [f"  also:     {printable(line)}" for line in self.also[:_MOST]]
+        if len(self.also) > _MOST:
+            parts.append(f"  and {len(self.also) - _MOST} more")
         return "\n".join(parts)
 
 
-def _rebuild(
+def _rebuild(  # noqa: PLR0917
     cls: type[DeltaHubError],
     code: str,
     what: str,
@@ -94,9 +106,10 @@ def _rebuild(
     expected: object,
     found: object,
     hint: str | None,
+    also: Sequence[str],
 ) -> DeltaHubError:
     """Unpickle an error: its keyword-only arguments do not fit ``BaseException``'s own scheme."""
-    return cls(code, what, where=where, expected=expected, found=found, hint=hint)
+    return cls(code, what, where=where, expected=expected, found=found, hint=hint, also=also)
 
 
 class TensorFileError(DeltaHubError):
