@@ -26,7 +26,8 @@ class HostShape:
         bias: whether the module has a bias parameter.
         spatial: number of spatial axes of the activations: 1, 2 or 3 for convolutions.
         channels_first: whether channels are axis 1 of the activations and not their last axis.
-        groups: groups of a convolution; more than one means that channels of different groups never mix.
+        grouped: whether channels live in groups that never mix (grouped convolutions), or the host offers no
+            channel axis at all (norms over maps of any rank): live equations that mix channels do not fit.
         plain: whether applying the module with another weight is exactly ``F.linear`` or ``F.embedding``
             (linear and embedding families); False sends it through ``deltahub_apply``, as a scaled
             embedding needs.
@@ -39,20 +40,8 @@ class HostShape:
     bias: bool = False
     spatial: int = 0
     channels_first: bool = False
-    groups: int = 1
+    grouped: bool = False
     plain: bool = True
-
-    @property
-    def grouped(self) -> bool:
-        """Whether this is a convolution with more than one group."""
-        return self.groups > 1
-
-    @property
-    def channels_in(self) -> int | None:
-        """Channels of the module's input: ``d_in`` of all groups together; of a norm, its own size."""
-        if self.family == "norm":
-            return self.d_out
-        return None if self.d_in is None else self.d_in * self.groups
 
     @property
     def weight_shape(self) -> tuple[int, ...] | None:
