@@ -80,7 +80,8 @@ class DeltaHubError(Exception):
         super().__init__(code, what, where, expected, found, hint, self.also)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (type(self), *self.args))
+        given = (self.code, self.what, self.where, self.expected, self.found, self.hint, self.also)
+        return (_rebuild, (type(self), *given))
 
     def __str__(self) -> str:
         parts = [f"[{self.code}] {printable(self.what)}"]
