@@ -99,7 +99,7 @@ class DeltaHubError(Exception):
         return "\n".join(parts)
 
 
-def _rebuild(  # noqa: PLR0917
+def _rebuild(
     cls: type[DeltaHubError],
     code: str,
     what: str,
