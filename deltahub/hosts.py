@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltahub.errors import HostError
 from deltahub.kinds.host_shape import HostShape
 
-__all__ = ["BLOCK", "View", "block_width", "view_of"]
+__all__ = ["BLOCK", "CONV", "CONV1D", "EMBEDDING", "LINEAR", "NORM", "View", "block_width", "view_of"]
 
 _CONV1D_NAMES = frozenset({"transformers.pytorch_utils.Conv1D"})
 """GPT-2's linear layer, recognised by name so that transformers is never imported for it."""
@@ -45,16 +44,21 @@ def _call_with(module: nn.Module, base: type[nn.Module], parameters: dict[str, T
 class View:
     """One family of modules as a host. Stateless; the instances below are shared."""
 
+    name: str = ""
+
+    def __reduce__(self) -> str:
+        return self.name  # pickled and copied as the module's global of that name
+
     weight_name: str | None = "weight"
     """The name under which the module stores what :meth:`weight` returns; ``None`` where there is none."""
 
     def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:
         raise NotImplementedError
 
-    def shape(self, module: nn.Module) -> HostShape:
+    def shape(self, module: nn.Module, base: type[nn.Module]) -> HostShape:
         raise NotImplementedError
 
-    def live_output(self, module: nn.Module) -> bool:  # noqa: ARG002  (views that depend on the module override it)
+    def live_output(self, module: nn.Module) -> bool:
         """Whether ``linear(host(x, down), up)`` equals the host applied with ``up @ down``."""
         return True
 
@@ -73,6 +77,10 @@ class View:
     def bias(self, module: nn.Module) -> Tensor | None:
         return cast("Tensor | None", getattr(module, "bias", None))
 
+    def takes_bias(self, module: nn.Module) -> bool:
+        """Whether the module's own ``forward`` would add a bias if it had one."""
+        return "bias" in module._parameters
+
     def apply(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The module's own computation with another weight (canonical) and bias.
 
@@ -83,7 +91,7 @@ class View:
             parameters["bias"] = bias
         return _call_with(module, base, parameters, x)
 
-    def partial(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG002
+    def partial(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor) -> Tensor:
         """``host(x, w)`` of the expression language: apply the module's geometry with ``w`` and without bias."""
         raise HostError(
             "E_HOST_NO_WEIGHT",
@@ -94,29 +102,41 @@ class View:
 
 
 class _LinearView(View):
-    def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:  # noqa: ARG002
+    name = "LINEAR"
+
+    def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:
         return isinstance(module, nn.Linear)
 
-    def shape(self, module: nn.Module) -> HostShape:
+    def shape(self, module: nn.Module, base: type[nn.Module]) -> HostShape:
         d_out, d_in = cast(Tensor, module.weight).shape
-        return HostShape(family="linear", d_in=d_in, d_out=d_out, bias=module.bias is not None)
+        return HostShape(
+            family="linear",
+            d_in=d_in,
+            d_out=d_out,
+            bias=module.bias is not None,
+            plain=base.forward is nn.Linear.forward,
+        )
 
     def apply(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if base.forward is nn.Linear.forward:
             return F.linear(x, weight, bias)
         return super().apply(module, base, x, weight, bias)
 
-    def partial(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG002
-        return F.linear(x, weight)
+    def partial(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor) -> Tensor:
+        if base.forward is nn.Linear.forward:
+            return F.linear(x, weight)
+        return _call_with(module, base, {"weight": weight, "bias": None}, x)
 
 
 class _Conv1DView(_LinearView):
     """GPT-2's ``Conv1D``: a linear layer whose weight is stored as ``[in, out]``."""
 
-    def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:  # noqa: ARG002
+    name = "CONV1D"
+
+    def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:
         return any(_qualified(c) in _CONV1D_NAMES for c in base.__mro__)
 
-    def shape(self, module: nn.Module) -> HostShape:
+    def shape(self, module: nn.Module, base: type[nn.Module]) -> HostShape:
         d_in, d_out = cast(Tensor, module.weight).shape
         return HostShape(family="linear", d_in=d_in, d_out=d_out, bias=True)
 
@@ -126,17 +146,22 @@ class _Conv1DView(_LinearView):
     def stored(self, weight: Tensor) -> Tensor:
         return weight.T
 
-    def apply(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG002
+    def apply(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
+
+    def partial(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
 
 
 class _ConvView(View):
-    def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:  # noqa: ARG002
+    name = "CONV"
+
+    def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:
         return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not isinstance(
             module, nn.modules.conv._ConvTransposeNd
         )
 
-    def shape(self, module: nn.Module) -> HostShape:
+    def shape(self, module: nn.Module, base: type[nn.Module]) -> HostShape:
         d_out, d_in, *kernel = cast(Tensor, module.weight).shape
         return HostShape(
             family="conv",
@@ -158,7 +183,7 @@ class _ConvView(View):
             return cast(Tensor, module._conv_forward(x, weight, bias))  # type: ignore[operator]
         return super().apply(module, base, x, weight, bias)
 
-    def partial(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    def partial(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor) -> Tensor:
         return cast(Tensor, module._conv_forward(x, weight, None))  # type: ignore[operator]
 
 
@@ -168,13 +193,16 @@ _PLAIN_CONV_FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 class _EmbeddingView(View):
     """``nn.Embedding`` as the linear map from one-hot rows: canonical weight ``[dim, vocab]``."""
 
-    def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:  # noqa: ARG002
+    name = "EMBEDDING"
+
+    def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:
         # max_norm renormalises the stored rows in place during forward, which no pure function of W can follow.
         return isinstance(module, nn.Embedding) and module.max_norm is None
 
-    def shape(self, module: nn.Module) -> HostShape:
+    def shape(self, module: nn.Module, base: type[nn.Module]) -> HostShape:
         vocab, dim = cast(Tensor, module.weight).shape
-        return HostShape(family="embedding", d_in=vocab, d_out=dim, bias=False)
+        plain = base.forward is nn.Embedding.forward
+        return HostShape(family="embedding", d_in=vocab, d_out=dim, bias=False, plain=plain)
 
     def canonical(self, stored: Tensor) -> Tensor:
         return stored.T
@@ -182,7 +210,7 @@ class _EmbeddingView(View):
     def stored(self, weight: Tensor) -> Tensor:
         return weight.T
 
-    def bias(self, module: nn.Module) -> Tensor | None:  # noqa: ARG002
+    def bias(self, module: nn.Module) -> Tensor | None:
         return None
 
     def apply(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -190,12 +218,14 @@ class _EmbeddingView(View):
         y = _call_with(module, base, {"weight": weight.T}, x)
         return y if bias is None else y + bias
 
-    def partial(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG002
-        return F.embedding(x, weight.T)
+    def partial(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor) -> Tensor:
+        return _call_with(module, base, {"weight": weight.T}, x)
 
 
 class _NormView(View):
     """Normalisation layers: a gain, and perhaps a bias, of one axis."""
+
+    name = "NORM"
 
     def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:
         parameters = module._parameters
@@ -208,7 +238,7 @@ class _NormView(View):
             and not any(name != "deltahub" and not name.startswith("deltahub:") for name in module._modules)
         )
 
-    def shape(self, module: nn.Module) -> HostShape:
+    def shape(self, module: nn.Module, base: type[nn.Module]) -> HostShape:
         dim = cast(Tensor, module.weight).shape[0]
         first = isinstance(module, (nn.GroupNorm, nn.modules.batchnorm._NormBase))
         return HostShape(
@@ -232,16 +262,17 @@ class _NormView(View):
 
 
 class _BlockView(View):
+    name = "BLOCK"
     weight_name = None
 
-    def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:  # noqa: ARG002
+    def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:
         return True
 
-    def shape(self, module: nn.Module) -> HostShape:
+    def shape(self, module: nn.Module, base: type[nn.Module]) -> HostShape:
         width = block_width(module)
         return HostShape(family="block", d_in=width, d_out=width, bias=False)
 
-    def bias(self, module: nn.Module) -> Tensor | None:  # noqa: ARG002
+    def bias(self, module: nn.Module) -> Tensor | None:
         return None
 
     def weight(self, module: nn.Module) -> Tensor:
@@ -253,8 +284,13 @@ class _BlockView(View):
         )
 
 
+CONV1D: View = _Conv1DView()
+LINEAR: View = _LinearView()
+CONV: View = _ConvView()
+EMBEDDING: View = _EmbeddingView()
+NORM: View = _NormView()
 BLOCK: View = _BlockView()
-_VIEWS: Sequence[View] = (_Conv1DView(), _LinearView(), _ConvView(), _EmbeddingView(), _NormView())
+_VIEWS: Sequence[View] = (CONV1D, LINEAR, CONV, EMBEDDING, NORM)
 
 
 def view_of(module: nn.Module, base: type[nn.Module] | None = None) -> View:
@@ -283,5 +319,5 @@ def block_width(module: nn.Module) -> int | None:
             continue
         view = view_of(child)
         if view is not BLOCK:
-            last = view.shape(child).d_out
+            last = view.shape(child, type(child)).d_out
     return last

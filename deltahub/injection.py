@@ -1,0 +1,205 @@
+"""Sites: one mechanism that puts every kind on every host, and takes it off again.
+
+A touched module keeps its identity; its class is swapped for a subclass generated once per module type, whose
+``forward`` consults a *plan*. Plans are built per set of active deltas and cached, so switching deltas changes one
+string and nothing that depends on the size of the model. Without an active delta the original ``forward`` runs.
+
+Composition on one module: deltas whose kind has ``weight`` or ``bias`` equations act on the module's own parameters,
+in the order of attachment; those with live equations only wrap the result, in that order. Merging one is therefore
+never a change of function.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from deltahub.errors import HostError, InjectionError
+from deltahub.hosts import BLOCK
+from deltahub.sites import Plan, Site, Slot, Switch
+
+__all__ = ["add_site", "hosted", "merge_slot", "remove_site", "slot_of"]
+
+
+def _block_input(base: type[nn.Module]) -> str | None:
+    """The name of a block's first argument, for callers that pass it by keyword."""
+    names = list(inspect.signature(base.forward).parameters)
+    return names[1] if len(names) > 1 else None
+
+
+@functools.cache
+def hosted(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a module type that consults its slot; generated once per type."""
+    first = _block_input(base)
+    original = base.forward
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        plan = self._deltahub.plan()
+        if plan is None:
+            return original(self, *args, **kwargs)
+        if args:
+            x, rest = args[0], args[1:]
+        elif first in kwargs:
+            kwargs = dict(kwargs)
+            x, rest = kwargs.pop(first), ()
+        else:
+            raise HostError("E_HOST_NO_INPUT", "a hosted module was called without an input", where=base.__name__)
+        if not rest and not kwargs and plan.slot.view is not BLOCK:
+            return plan.run(self, functools.partial(original, self), x)
+        return _run_block(plan, self, original, x, rest, kwargs)
+
+    namespace = {
+        "forward": forward,
+        "deltahub_apply": lambda self, x, w: self._deltahub.view.partial(self, self._deltahub.base, x, w),
+        "deltahub_base": original,
+        "deltahub_context": _context,
+        "__reduce_ex__": _reduce,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (base,), namespace)
+
+
+def _context(self: nn.Module, name: str) -> Any:
+    raise HostError(
+        "E_HOST_CONTEXT", f"this host cannot give the context {name!r}", where=type(self).__name__
+    )  # attach refuses before this can be reached
+
+
+def _run_block(
+    plan: Plan, module: nn.Module, original: Callable[..., Any], x: Any, rest: Iterable[Any], kwargs: dict[str, Any]
+) -> Any:
+    """A block with further arguments, or one that returns more than a tensor: its first output is the one meant."""
+    whole: list[Any] = []
+
+    def call(value: Any) -> Any:
+        out = original(module, value, *rest, **kwargs)
+        whole.append(out)
+        return _first(out)
+
+    y = plan.run(module, call, x)
+    return _with_first(whole[-1], y) if whole else y
+
+
+def _first(out: Any) -> Any:
+    if isinstance(out, Tensor):
+        return out
+    if isinstance(out, (tuple, list)):
+        return out[0]
+    return out[next(iter(out))]  # a ModelOutput
+
+
+def _with_first(out: Any, y: Any) -> Any:
+    if isinstance(out, Tensor):
+        return y
+    if isinstance(out, tuple):
+        rest = (y, *out[1:])
+        return type(out)(*rest) if hasattr(out, "_fields") else rest
+    if isinstance(out, list):
+        return [y, *out[1:]]
+    return type(out)(**{**out, next(iter(out)): y})
+
+
+def _reduce(self: nn.Module, protocol: int) -> Any:
+    """Pickle and copy a hosted module as its own class and state: the generated class has no importable name."""
+    base = self._deltahub.base  # type: ignore[union-attr]
+    return (_restore, (base,), self.__dict__)
+
+
+def _restore(base: type[nn.Module]) -> nn.Module:
+    return object.__new__(hosted(base))
+
+
+def slot_of(module: nn.Module) -> Slot | None:
+    """The slot of a hosted module, ``None`` for one that no delta touches."""
+    return cast("Slot | None", module.__dict__.get("_deltahub"))
+
+
+def add_site(module: nn.Module, site: Site, switch: Switch) -> None:
+    """Register a site at its host, swapping the host's class at the first one."""
+    slot = slot_of(module)
+    if slot is None:
+        slot = Slot(module=module, switch=switch)
+        module.__dict__["_deltahub"] = slot
+        module.__class__ = hosted(slot.base)
+    site.training = module.training
+    slot.sites.append(site)
+    slot.plans.clear()
+    module._modules[site.key] = site
+
+
+def remove_site(module: nn.Module, site: Site) -> None:
+    """Take a site off; the last one restores the host's class."""
+    slot = slot_of(module)
+    if slot is None or site not in slot.sites:
+        return
+    slot.sites.remove(site)
+    slot.plans.clear()
+    del module._modules[site.key]
+    if not slot.sites:
+        del module.__dict__["_deltahub"]
+        module.__class__ = slot.base
+
+
+def merge_slot(module: nn.Module, merged: set[str]) -> None:
+    """Make the module's stored parameters those of exactly the named deltas, from the kept originals.
+
+    Args:
+        module: a hosted module.
+        merged: names of the deltas whose weight and bias equations are to be in the parameters.
+
+    Raises:
+        InjectionError: ``E_INJECTION_MERGE_ORDER`` where a delta before a merged one stays live.
+    """
+    slot = slot_of(module)
+    assert slot is not None
+    dual = [s for s in slot.sites if s.bound.mergeable]
+    chosen = [s for s in dual if s.delta in merged]
+    if dual[: len(chosen)] != chosen:
+        blocking = next(s for s in dual if s.delta not in merged)
+        raise InjectionError(
+            "E_INJECTION_MERGE_ORDER",
+            f"delta {blocking.delta!r} acts on this module's weight before the one to be merged",
+            where=blocking.path,
+            hint=f"merge {blocking.delta!r} first, or both together",
+        )
+    view = slot.view
+    if any("bias" in s.bound.ports for s in chosen) and not view.takes_bias(module):
+        raise HostError(
+            "E_HOST_NO_BIAS",
+            "this module has no place for a bias, so a delta that adds one cannot be merged into it",
+            where=f"{chosen[0].path} ({slot.base.__name__})",
+            hint="keep the delta live, or leave this module out of its targets",
+        )
+    if slot.kept is not None:
+        _put(module, slot.kept)
+        slot.kept = None
+    if chosen:
+        kept = {name: cast("Tensor | None", module._parameters.get(name)) for name in ("weight", "bias")}
+        with torch.no_grad():
+            weight, bias = slot.transformed(module, chosen)
+            new: dict[str, Tensor | None] = {"weight": view.stored(weight).contiguous(), "bias": bias}
+        slot.kept = {k: None if v is None else v.detach() for k, v in kept.items()}
+        _put(module, new)
+    for site in dual:
+        site.merged = site in chosen
+    slot.plans.clear()
+
+
+def _put(module: nn.Module, values: Mapping[str, Tensor | None]) -> None:
+    """Set the data of a module's own parameters; the ``Parameter`` objects stay, so that references to them hold."""
+    for name, value in values.items():
+        parameter = module._parameters.get(name)
+        if parameter is not None and value is not None:
+            parameter.data = value.data
+        elif value is not None:
+            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        elif name in module._parameters:
+            module._parameters[name] = None

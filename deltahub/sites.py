@@ -1,0 +1,324 @@
+"""What sits at a host: the site with its tensors, the plan that runs it, the slot that keeps both.
+
+A *plan* is what a host does for one set of active deltas. Plans are built once per set and cached, so switching
+deltas changes one string and nothing that depends on the size of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltahub.errors import HostError
+from deltahub.hosts import View, view_of
+
+if TYPE_CHECKING:
+    from deltahub.kinds import Kind, Port
+    from deltahub.kinds.host_shape import HostShape
+
+__all__ = ["SITE_PREFIX", "Bound", "Part", "Plan", "Site", "Slot", "Switch"]
+
+SITE_PREFIX = "deltahub:"
+"""Sites are child modules of their host under this prefix; their tensors stay out of ``state_dict()``."""
+
+_LIVE = ("input", "output", "replace")
+_MERGED = ("weight", "bias")
+
+
+class Switch:
+    """Which deltas act on a model, shared by all its sites: one string to compare, one number per delta.
+
+    Attributes:
+        key: names of the active deltas, joined by a line feed, in the order of attachment.
+        strength: user's scale of each delta; 1 where absent.
+    """
+
+    __slots__ = ("key", "strength")
+
+    def __init__(self) -> None:
+        self.key = ""
+        self.strength: dict[str, float] = {}
+
+
+class Bound:
+    """A kind with a config, bound to the facts of a host: its compiled ports. Pickles as data."""
+
+    __slots__ = ("config", "kind", "live", "ports", "shape")
+
+    def __init__(self, kind: Kind, config: Mapping[str, object], shape: HostShape, *, live_output: bool) -> None:
+        self.kind = kind
+        self.config = dict(config)
+        self.shape = shape
+        self.ports: Mapping[str, Port] = kind.compile(self.config, shape)
+        has_live = any(port in self.ports for port in _LIVE)
+        self.live = has_live and (live_output or not self.mergeable)
+        """Whether the live equations run as they are; otherwise the host runs with the changed weight and bias."""
+        if has_live and not live_output and not self.mergeable:
+            raise HostError(
+                "E_HOST_NO_CHANNEL_AXIS",
+                f"kind {kind.name!r} has live equations only, and this host gives no channel axis to them",
+                where=shape.family,
+                hint="target a module with a known channel axis, or a block around this one",
+            )
+
+    @property
+    def mergeable(self) -> bool:
+        return any(port in self.ports for port in _MERGED)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        forced = self.live or not self.mergeable
+        return (_rebind, (self.kind, self.config, self.shape, forced))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Bound:
+        return self
+
+    def strengthened(self, strength: float) -> Bound:
+        """The same with the config number that the document calls its strength multiplied."""
+        name = self.kind.document.strength
+        assert name is not None
+        config = {**self.config, name: cast(float, self.config[name]) * strength}
+        return _rebind(self.kind, config, self.shape, self.live or not self.mergeable)
+
+
+def _rebind(kind: Kind, config: Mapping[str, object], shape: HostShape, live_output: bool) -> Bound:  # noqa: FBT001
+    return Bound(kind, config, shape, live_output=live_output)
+
+
+class Site(nn.Module):
+    """One delta module at one host: its tensors, and what they do there.
+
+    Registered as a child of the host, so that ``parameters()``, ``to()``, optimisers and wrappers see its tensors,
+    but absent from ``state_dict()``: the backbone's own keys stay what they were.
+    """
+
+    def __init__(
+        self, *, delta: str, module: str, path: str, bound: Bound, tensors: Mapping[str, Tensor], dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.delta = delta
+        self.module = module
+        self.path = path
+        self.bound = bound
+        self.dropout = dropout
+        self.merged = False
+        self.names = tuple(tensors)
+        for name, tensor in tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                self._parameters[name] = tensor
+            else:
+                self._buffers[name] = tensor
+        self.mixed = bool(self._buffers)
+
+    @property
+    def key(self) -> str:
+        return f"{SITE_PREFIX}{self.delta}:{self.module}".replace(".", "·")
+
+    def tensors(self) -> list[Tensor]:
+        """The site's tensors in the order of its kind's document."""
+        if not self.mixed:
+            return cast("list[Tensor]", list(self._parameters.values()))
+        parameters, buffers = self._parameters, self._buffers
+        return [cast(Tensor, parameters[n] if n in parameters else buffers[n]) for n in self.names]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        destination = kwargs.get("destination", args[0] if args else None)
+        return {} if destination is None else destination
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """The backbone's checkpoints know nothing of a site."""
+
+    def extra_repr(self) -> str:
+        kind = self.bound.kind
+        return f"{kind.name}@{kind.version}, " + ", ".join(
+            f"{n}={tuple(t.shape)}" for n, t in zip(self.names, self.tensors(), strict=True)
+        )
+
+
+def _cast(tensors: Sequence[Tensor], like: Tensor) -> Sequence[Tensor]:
+    """Floating tensors in the dtype of the computation; gradients flow to the originals."""
+    dtype = like.dtype
+    if not dtype.is_floating_point:  # token ids say nothing about the dtype of what follows
+        return tensors
+    for t in tensors:
+        if t.dtype != dtype and t.is_floating_point():
+            return [t.to(dtype) if t.is_floating_point() else t for t in tensors]
+    return tensors
+
+
+def _blend(old: Tensor, new: Tensor, strength: float) -> Tensor:
+    return new if strength == 1.0 else old + strength * (new - old)
+
+
+class Plan:
+    """What a host does for one set of active deltas.
+
+    Attributes:
+        weighted: sites that change the module's weight or bias before it is applied, in order.
+        wrapped: sites whose live equations wrap the result, innermost first.
+    """
+
+    __slots__ = ("plain", "slot", "weighted", "wrapped")
+
+    def __init__(self, slot: Slot, sites: Sequence[Site]) -> None:
+        self.slot = slot
+        dual = [s for s in sites if s.bound.mergeable and not s.merged]
+        last = max((i for i, s in enumerate(dual) if not s.bound.live), default=-1)
+        # A site may run its live form only where nothing after it reads the weight that it would have changed.
+        self.weighted = tuple(dual[: last + 1])
+        self.wrapped = (*dual[last + 1 :], *(s for s in sites if not s.bound.mergeable))
+        self.plain = not self.weighted and all(set(s.bound.ports) & set(_LIVE) == {"output"} for s in self.wrapped)
+
+    def innermost(self, module: nn.Module, call: Callable[[Any], Any], x: Any) -> Any:
+        """The host itself, with the weighted sites' weight and bias."""
+        if not self.weighted:
+            return call(x)
+        slot = self.slot
+        weight, bias = slot.transformed(module, self.weighted)
+        return slot.view.apply(module, slot.base, x, weight, bias)
+
+    def run(self, module: nn.Module, call: Callable[[Any], Any], x: Any) -> Any:
+        if not self.plain:
+            return self.level(len(self.wrapped), module, call, x)
+        y = call(x)
+        for site in self.wrapped:
+            y = self.output(site, module, x, y)
+        return y
+
+    def level(self, depth: int, module: nn.Module, call: Callable[[Any], Any], x: Any) -> Any:
+        """The host with its ``depth`` innermost wrapping sites."""
+        if depth == 0:
+            return self.innermost(module, call, x)
+        site = self.wrapped[depth - 1]
+        ports = site.bound.ports
+        if "replace" in ports:
+            caller = Caller(self, depth - 1, module, call)
+            tensors = _cast(site.tensors(), x)
+            y = ports["replace"].fn(caller, x, *tensors)
+            s = self.slot.switch.strength.get(site.delta, 1.0)
+            return y if s == 1.0 else _blend(caller.deltahub_base(x), y, s)
+        inner = x
+        if "input" in ports:
+            s = self.slot.switch.strength.get(site.delta, 1.0)
+            inner = _blend(x, ports["input"].fn(module, x, *_cast(site.tensors(), x)), s)
+        y = self.level(depth - 1, module, call, inner)
+        return self.output(site, module, x, y) if "output" in ports else y
+
+    def output(self, site: Site, module: nn.Module, x: Any, y: Any) -> Any:
+        strength = self.slot.switch.strength.get(site.delta, 1.0)
+        bound = site.bound
+        if strength != 1.0 and bound.kind.document.strength:
+            bound, strength = bound.strengthened(strength), 1.0
+        if site.dropout and site.training and x.is_floating_point():
+            x = F.dropout(x, site.dropout)
+        return _blend(y, bound.ports["output"].fn(module, x, y, *_cast(site.tensors(), y)), strength)
+
+
+class Caller:
+    """The host as an equation of a ``replace`` sees it: ``base(x)`` is everything inside this site."""
+
+    __slots__ = ("call", "depth", "module", "plan")
+
+    def __init__(self, plan: Plan, depth: int, module: nn.Module, call: Callable[[Any], Any]) -> None:
+        self.plan = plan
+        self.depth = depth
+        self.module = module
+        self.call = call
+
+    def deltahub_base(self, x: Any) -> Any:
+        return self.plan.level(self.depth, self.module, self.call, x)
+
+    def deltahub_apply(self, x: Any, weight: Tensor) -> Any:
+        return self.module.deltahub_apply(x, weight)  # type: ignore[operator]
+
+    def deltahub_context(self, name: str) -> Any:
+        return self.module.deltahub_context(name)  # type: ignore[operator]
+
+
+class Slot:
+    """What a hosted module knows of its deltas; lives in the module's ``__dict__``."""
+
+    def __init__(self, *, module: nn.Module, switch: Switch) -> None:
+        self.base: type[nn.Module] = type(module)
+        self.view: View = view_of(module)
+        self.switch = switch
+        self.sites: list[Site] = []
+        self.plans: dict[str, Plan | None] = {}
+        self.kept: dict[str, Tensor | None] | None = None
+        """The module's own weight and bias while deltas are merged into it."""
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "plans": {}}
+
+    def plan(self) -> Plan | None:
+        """The plan for the deltas that are active now; ``None`` where none of them acts here."""
+        key = self.switch.key
+        try:
+            return self.plans[key]
+        except KeyError:
+            return self._build(key)
+
+    def _build(self, key: str) -> Plan | None:
+        order = {name: i for i, name in enumerate(key.split("\n"))} if key else {}
+        sites = [s for s in self.sites if s.delta in order]
+        sites.sort(key=lambda s: order[s.delta])
+        live = [s for s in sites if not s.merged]
+        plan = Plan(self, sites) if live else None
+        self.plans[key] = plan
+        return plan
+
+    def transformed(self, module: nn.Module, sites: Sequence[Site]) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias (canonical) after the given sites, computed in float32 and cast back once."""
+        view = self.view
+        weight, bias = view.weight(module), view.bias(module)
+        stored = weight.dtype
+        compute = torch.promote_types(stored, torch.float32)
+        w = weight.to(compute)
+        b = None if bias is None else bias.to(compute)
+        for site in sites:
+            w, b = self._transform(site, module, w, b)
+        return w.to(stored), None if b is None else b.to(stored)
+
+    def _transform(self, site: Site, module: nn.Module, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        strength = self.switch.strength.get(site.delta, 1.0)
+        bound = site.bound
+        if strength != 1.0 and bound.kind.document.strength:
+            bound, strength = bound.strengthened(strength), 1.0
+        tensors = _cast(site.tensors(), w)
+        ports = bound.ports
+        new_w, new_b = w, b
+        if "bias" in ports:
+            own = w.new_zeros(w.shape[0]) if b is None else b
+            new_b = _blend(own, ports["bias"].fn(module, w, own, *tensors), strength)
+        if "weight" in ports:
+            new_w = _blend(w, ports["weight"].fn(module, w, b, *tensors), strength)
+        return new_w, new_b
+
+
+@dataclass(kw_only=True)
+class Part:
+    """One entry of a manifest's ``modules``: a kind with a config at some targets.
+
+    Attributes:
+        name: the entry's name, unique in its delta.
+        kind: the kind's document with its functions.
+        config: the kind's config, defaults filled in.
+        paths: exact module paths, in order.
+        tensors: stored tensors by path and name; ``None`` for fresh ones.
+        removes: parameters of the backbone that the entry makes unused.
+        dropout: probability of dropping the delta's own input while training; not part of a package.
+        sites: the hosts and sites, once attached.
+    """
+
+    name: str
+    kind: Kind
+    config: Mapping[str, object]
+    paths: Sequence[str]
+    tensors: Mapping[str, Mapping[str, Tensor]] | None = None
+    removes: Sequence[str] = ()
+    dropout: float = 0.0
+    sites: list[tuple[nn.Module, Site]] = field(default_factory=list)
