@@ -36,7 +36,7 @@ FORMAT = 1
 #: Fields that say what a case is; all others are handed to the implementation.
 ABOUT = frozenset({"description", "clause", "valid", "error_code", "expect", "tolerance", "schema"})
 #: Ways to write down bytes; each is handed over as ``data``, in base64.
-RAW = ("manifest", "base", "text", "base64", "parts")
+RAW = ("manifest", "base", "text", "base64", "parts", "empty_tensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +115,10 @@ def raw_bytes(body: dict[str, Any], bases: dict[str, Any]) -> bytes:
         return body["text"].encode("utf-8")
     if "parts" in body:  # [text, how often] …: what would be too long to write out
         return "".join(text * count for text, count in body["parts"]).encode("utf-8")
+    if "empty_tensors" in body:  # a tensor file with that many tensors of no bytes
+        entry = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+        header = json.dumps({str(i): entry for i in range(body["empty_tensors"])}).encode("utf-8")
+        return len(header).to_bytes(8, "little") + header
     value = body["manifest"] if "manifest" in body else patched(bases[body["base"]], body)
     return json.dumps(value, ensure_ascii=False, indent=2).encode("utf-8")
 
