@@ -6,19 +6,19 @@ and functions (:func:`select`) because what these select is resolved, shown and 
 
 from __future__ import annotations
 
-__all__ = ["Selector", "abbreviate", "check_path", "expand", "expand_all", "select"]
+__all__ = ["ROOT", "Selector", "abbreviate", "check_path", "expand", "expand_all", "select"]
 
 import difflib
-import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from deltahub.errors import TargetError
 from deltahub.limits import DEFAULT
-from deltahub.patterns import check_path, expand, expand_all, multiply, parse
+from deltahub.patterns import ROOT, check_path, expand, expand_all, multiply, parse
 
-Selector = str | Callable[[str, tuple[str, ...]], bool]
-"""A suffix, a glob, ``type:Name``, or a function of (path, names of its type and the type's bases)."""
+Selector = str | Callable[[str, Any], bool]
+"""A suffix, a glob, ``type:Name``, or a function of (path, module)."""
 
 _NUMBER = re.compile(r"0|[1-9][0-9]*", re.ASCII)
 _NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]*)([^0-9]*)", re.ASCII | re.DOTALL)
@@ -40,25 +40,29 @@ def abbreviate(paths: Iterable[str]) -> list[str]:
     but ``paths`` in their order.
 
     Raises:
-        TargetError: ``E_TARGET_TWICE`` for a path given twice, ``E_TARGET_SYNTAX`` for one that no pattern can hold.
+        TargetError: ``E_TARGET_DUPLICATE`` for a path given twice, ``E_TARGET_SYNTAX`` for what is no path.
     """
     rank: dict[str, int] = {}
     by_depth: dict[int, list[_Row]] = {}
     seen: set[str] = set()
+    found: list[tuple[int, str]] = []
     for index, path in enumerate(paths):
         check_path(path)
         if path in seen:
-            raise TargetError("E_TARGET_TWICE", f"{path!r} is given twice")
+            raise TargetError("E_TARGET_DUPLICATE", f"{path!r} is given twice")
         seen.add(path)
+        if path == ROOT:
+            found.append((index, ROOT))
+            continue
         names = path.split(".")
         for name in names:
             rank.setdefault(name, len(rank))
         by_depth.setdefault(len(names), []).append((index, tuple((name,) for name in names)))
-    found: list[tuple[int, str]] = []
     for depth, rows in by_depth.items():
         inner_first = _written(_merged(rows, range(depth - 1, -1, -1), rank))
         outer_first = _written(_merged(rows, range(depth), rank))
-        found += min(inner_first, outer_first, key=_cost)
+        shorter: list[tuple[int, str]] = min((inner_first, outer_first), key=_cost)
+        found += shorter
     return [text for _, text in sorted(found)]
 
 
@@ -116,26 +120,23 @@ def _component(items: _Items) -> str:
         matches = [_NUMBERED.fullmatch(name) for name in names]
         found = [m.groups() for m in matches if m is not None and len(m[2]) <= DEFAULT.targets_digits]
         if len(found) == len(names) > 2 and len({(before, after) for before, _, after in found}) == 1:
-            counted = _runs(sorted(int(number) for _, number, _ in found))
-            if len(counted) == 1:
-                return f"{found[0][0]}{{{counted[0]}}}{found[0][2]}"
-    return f"{{{','.join(_runs(numbers) + names)}}}"
+            run = _run(sorted(int(number) for _, number, _ in found))
+            if run is not None:
+                return f"{found[0][0]}{{{run}}}{found[0][2]}"
+    first = _run(numbers) if not names else None
+    return f"{{{first or ','.join([*map(str, numbers), *names])}}}"
 
 
-def _runs(numbers: Sequence[int]) -> list[str]:
-    """Write ascending numbers as runs: 0, 1, 2, 5, 6 is ``0..2``, ``5``, ``6``."""
-    texts: list[str] = []
-    for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
-        values = [value for _, value in run]
-        texts += [f"{values[0]}..{values[-1]}"] if len(values) > 2 else map(str, values)
-    return texts
+def _run(numbers: Sequence[int]) -> str | None:
+    """Write three or more consecutive ascending numbers as a range."""
+    return f"{numbers[0]}..{numbers[-1]}" if len(numbers) > 2 and numbers[-1] - numbers[0] < len(numbers) else None
 
 
 # ---------------------------------------------------------------------------------------------------------- select
 
 
 def select(
-    names: Mapping[str, Sequence[str]],
+    modules: Mapping[str, object],
     include: Selector | Iterable[Selector],
     exclude: Selector | Iterable[Selector] = (),
 ) -> list[str]:
@@ -148,20 +149,21 @@ def select(
     - ``*`` stands for any characters of one name, ``**`` for any number of whole names, ``{a,b}`` and ``{0..11}`` as in
       a package.
     - ``type:Linear`` is every module of that class or of a subclass.
-    - A function gets the path and the names of the module's class and its bases.
+    - ``.`` is the model itself, where the caller offers it under its path, the empty one.
+    - A function gets the path and the module.
 
     What an exclusion matches is left out together with everything inside it.
 
     Args:
-        names: each module's path, with the names of its class and of that class's bases.
+        modules: each module by its path, as ``dict(model.named_modules())``.
         include: what is wanted; each selector must match something.
         exclude: what is not; a selector in words must match something too, for a slip of the pen would train
             what was to be left alone.
 
     Raises:
-        TargetError: ``E_TARGET_NOTHING`` with the nearest names, ``E_TARGET_SYNTAX``, ``E_TARGET_REGEXP``.
+        TargetError: ``E_TARGET_NOTHING`` with the nearest names, ``E_TARGET_SYNTAX``.
     """
-    modules = {path: tuple(types) for path, types in names.items() if path}
+    modules = {path or ROOT: module for path, module in modules.items()}
     wanted: set[str] = set()
     for selector in _several(include):
         found = _matches(modules, selector)
@@ -200,12 +202,17 @@ def _suffixes(path: str) -> list[str]:
     return [path] + [path[at + 1 :] for at, c in enumerate(path) if c == "."]
 
 
-def _matches(modules: Mapping[str, tuple[str, ...]], selector: Selector) -> set[str]:
+def _names(cls: type) -> tuple[str, str]:
+    return cls.__name__, f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _matches(modules: Mapping[str, object], selector: Selector) -> set[str]:
     if not isinstance(selector, str):
-        return {path for path, types in modules.items() if selector(path, types)}
+        return {path for path, module in modules.items() if selector(path, module)}
     if selector.startswith("type:"):
         wanted = selector.removeprefix("type:")
-        return {path for path, types in modules.items() if wanted in types}
+        hits = {c for c in set(map(type, modules.values())) if any(wanted in _names(base) for base in c.__mro__)}
+        return {path for path, module in modules.items() if type(module) in hits}
     alternatives = multiply(parse(selector, stars=True), DEFAULT.targets_count)
     exact = {text for text in alternatives if text in modules}
     plain = {text for text in alternatives if "*" not in text} - exact
@@ -215,7 +222,7 @@ def _matches(modules: Mapping[str, tuple[str, ...]], selector: Selector) -> set[
             pattern = ["**", *text.split(".")]
             if any("**" in name and name != "**" for name in pattern):
                 raise TargetError("E_TARGET_SYNTAX", "** stands for whole names, between dots", found=selector)
-            found |= {path for path in modules if _wild(pattern, path.split("."), "**", _wild_name)}
+            found |= {path for path in modules if path != ROOT and _wild(pattern, path.split("."), "**", _wild_name)}
     return found
 
 
@@ -242,14 +249,14 @@ def _wild(pattern: Sequence[str], text: Sequence[str], star: str, same: Callable
     return all(piece == star for piece in pattern[p:])
 
 
-def _nothing(modules: Mapping[str, tuple[str, ...]], selector: Selector) -> TargetError:
+def _nothing(modules: Mapping[str, object], selector: Selector) -> TargetError:
     if not isinstance(selector, str):
         return TargetError(
             "E_TARGET_NOTHING", "the function chose no module", found=getattr(selector, "__name__", None)
         )
     if selector.startswith("type:"):
         wanted = selector.removeprefix("type:")
-        candidates = dict.fromkeys(name for types in modules.values() for name in types[:1])
+        candidates = dict.fromkeys(type(module).__name__ for module in modules.values())
     else:
         wanted = selector
         depth = wanted.count(".") + 1
