@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deltahub import converters
-    from deltahub.delta import Delta, attach, deltas, save, using
+    from deltahub.attaching import attach
+    from deltahub.composition import deltas, using
+    from deltahub.delta import Delta, push, save
     from deltahub.errors import DeltaHubError
-    from deltahub.hub import pull, push, search
+    from deltahub.hub import pull, search
     from deltahub.identity import fingerprint
     from deltahub.loading import inspect, load, verify
 
@@ -43,16 +45,16 @@ __version__ = "0.1.0"
 _ROOMS = {
     "Delta": "delta",
     "DeltaHubError": "errors",
-    "attach": "delta",
-    "deltas": "delta",
+    "attach": "attaching",
+    "deltas": "composition",
     "fingerprint": "identity",
     "inspect": "loading",
     "load": "loading",
     "pull": "hub",
-    "push": "hub",
+    "push": "delta",
     "save": "delta",
     "search": "hub",
-    "using": "delta",
+    "using": "composition",
     "verify": "loading",
 }
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from torch import nn
 
 from deltahub.errors import InjectionError
-from deltahub.sites import SITE_PREFIX, Site, Switch
+from deltahub.sites import SITE_PREFIX, Part, Site, Switch
 
-if TYPE_CHECKING:
-    from deltahub.delta import Delta
 
 __all__ = [
     "REGISTRY",
@@ -31,7 +29,17 @@ __all__ = [
 REGISTRY = "_deltahub_deltas"
 
 
-class Registry(dict[str, "Delta"]):
+class Attached(Protocol):
+    """What composition needs of a delta: the handle itself is above this room."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+    @property
+    def merged(self) -> bool: ...
+
+
+class Registry(dict[str, Any]):
     """The deltas of one model, the switch they share, and what to restore when the last one leaves."""
 
     def __init__(self) -> None:
@@ -50,7 +58,7 @@ def registry(model: nn.Module) -> Registry | None:
     return model.__dict__.get(REGISTRY)
 
 
-def deltas(model: nn.Module) -> Mapping[str, Delta]:
+def deltas(model: nn.Module) -> Mapping[str, Any]:
     """The deltas attached to a model, by name, in the order of attachment."""
     found = registry(model)
     return {} if found is None else dict(found)
@@ -73,7 +81,7 @@ def _claims(site: Site) -> list[str]:
     return [*claims, f"{site.path} (replaced)"] if "replace" in ports else claims
 
 
-def check_conflicts(chosen: Iterable[Delta]) -> None:
+def check_conflicts(chosen: Iterable[Attached]) -> None:
     """Refuse deltas that cannot act together.
 
     Two conflict when both overwrite a parameter, both replace a module, or one touches what the other removes.
@@ -136,7 +144,7 @@ def using(model: nn.Module, *names: str) -> Iterator[nn.Module]:
         home.switch.key = before
 
 
-def _lookup(home: Mapping[str, Delta], name: str) -> Delta:
+def _lookup(home: Mapping[str, Any], name: str) -> Any:
     try:
         return home[name]
     except KeyError:
