@@ -6,16 +6,17 @@ and functions (:func:`select`) because what these select is resolved, shown and 
 
 from __future__ import annotations
 
-__all__ = ["ROOT", "Selector", "abbreviate", "check_path", "expand", "expand_all", "select"]
+__all__ = ["Selector", "abbreviate", "check_path", "expand", "expand_all", "select"]
 
 import difflib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from deltahub.errors import TargetError
 from deltahub.limits import DEFAULT
-from deltahub.patterns import ROOT, check_path, expand, expand_all, multiply, parse
+from deltahub.patterns import check_path, expand, expand_all, multiply, parse
 
 Selector = str | Callable[[str, Any], bool]
 """A suffix, a glob, ``type:Name``, or a function of (path, module)."""
@@ -40,7 +41,7 @@ def abbreviate(paths: Iterable[str]) -> list[str]:
     but ``paths`` in their order.
 
     Raises:
-        TargetError: ``E_TARGET_DUPLICATE`` for a path given twice, ``E_TARGET_SYNTAX`` for what is no path.
+        TargetError: ``E_TARGET_TWICE`` for a path given twice, ``E_TARGET_SYNTAX`` for what is no path.
     """
     rank: dict[str, int] = {}
     by_depth: dict[int, list[_Row]] = {}
@@ -49,11 +50,8 @@ def abbreviate(paths: Iterable[str]) -> list[str]:
     for index, path in enumerate(paths):
         check_path(path)
         if path in seen:
-            raise TargetError("E_TARGET_DUPLICATE", f"{path!r} is given twice")
+            raise TargetError("E_TARGET_TWICE", f"{path!r} is given twice")
         seen.add(path)
-        if path == ROOT:
-            found.append((index, ROOT))
-            continue
         names = path.split(".")
         for name in names:
             rank.setdefault(name, len(rank))
@@ -120,16 +118,19 @@ def _component(items: _Items) -> str:
         matches = [_NUMBERED.fullmatch(name) for name in names]
         found = [m.groups() for m in matches if m is not None and len(m[2]) <= DEFAULT.targets_digits]
         if len(found) == len(names) > 2 and len({(before, after) for before, _, after in found}) == 1:
-            run = _run(sorted(int(number) for _, number, _ in found))
-            if run is not None:
-                return f"{found[0][0]}{{{run}}}{found[0][2]}"
-    first = _run(numbers) if not names else None
-    return f"{{{first or ','.join([*map(str, numbers), *names])}}}"
+            runs = _runs(sorted(int(number) for _, number, _ in found))
+            if len(runs) == 1:
+                return f"{found[0][0]}{{{runs[0]}}}{found[0][2]}"
+    return f"{{{','.join(_runs(numbers) + names)}}}"
 
 
-def _run(numbers: Sequence[int]) -> str | None:
-    """Write three or more consecutive ascending numbers as a range."""
-    return f"{numbers[0]}..{numbers[-1]}" if len(numbers) > 2 and numbers[-1] - numbers[0] < len(numbers) else None
+def _runs(numbers: Sequence[int]) -> list[str]:
+    """Write ascending numbers as runs: 0, 1, 2, 5, 6 is ``0..2``, ``5``, ``6``."""
+    texts: list[str] = []
+    for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        values = [value for _, value in run]
+        texts += [f"{values[0]}..{values[-1]}"] if len(values) > 2 else map(str, values)
+    return texts
 
 
 # ---------------------------------------------------------------------------------------------------------- select
@@ -149,7 +150,6 @@ def select(
     - ``*`` stands for any characters of one name, ``**`` for any number of whole names, ``{a,b}`` and ``{0..11}`` as in
       a package.
     - ``type:Linear`` is every module of that class or of a subclass.
-    - ``.`` is the model itself, where the caller offers it under its path, the empty one.
     - A function gets the path and the module.
 
     What an exclusion matches is left out together with everything inside it.
@@ -163,7 +163,7 @@ def select(
     Raises:
         TargetError: ``E_TARGET_NOTHING`` with the nearest names, ``E_TARGET_SYNTAX``.
     """
-    modules = {path or ROOT: module for path, module in modules.items()}
+    modules = {path: module for path, module in modules.items() if path}
     wanted: set[str] = set()
     for selector in _several(include):
         found = _matches(modules, selector)
@@ -222,7 +222,7 @@ def _matches(modules: Mapping[str, object], selector: Selector) -> set[str]:
             pattern = ["**", *text.split(".")]
             if any("**" in name and name != "**" for name in pattern):
                 raise TargetError("E_TARGET_SYNTAX", "** stands for whole names, between dots", found=selector)
-            found |= {path for path in modules if path != ROOT and _wild(pattern, path.split("."), "**", _wild_name)}
+            found |= {path for path in modules if _wild(pattern, path.split("."), "**", _wild_name)}
     return found
 
 
