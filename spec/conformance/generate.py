@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import expressions
+import hosts
 import numpy as np
 
 __all__ = ["dump", "main"]
@@ -240,9 +242,18 @@ def backbone_vectors() -> dict[Path, str]:
     return write("identity/backbone.json", "backbone", "a declared identity against the tensors of a backbone", cases)
 
 
+def numeric_vectors() -> dict[Path, str]:
+    return {
+        **write("expression/valid.json", "apply", "programs, and what they compute", expressions.valid()),
+        **write("expression/invalid.json", "kind", "programs that a reader refuses", expressions.invalid()),
+        **write("kinds/builtin.json", "apply", "the built-in kinds on every family of hosts", hosts.kinds()),
+        **write("composition/forward.json", "forward", "deltas on one host, live and merged", hosts.compositions()),
+    }
+
+
 def main() -> int:
     """Write the files, or say which would change."""
-    files = identity_vectors()
+    files = {**identity_vectors(), **numeric_vectors()}
     changed = [path for path, text in files.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     check = "--check" in sys.argv[1:]
     for path in changed:
