@@ -191,10 +191,12 @@ class TensorFile(Mapping[str, TensorInfo]):
             array: np.ndarray[Any, Any] = np.frombuffer(view, own)
             return array.reshape(shape)
         if dtype == "BF16":
-            return (np.frombuffer(view, "<u2").astype("<u4") << 16).view("<f4").reshape(shape)
+            wide: np.ndarray[Any, Any] = (np.frombuffer(view, "<u2").astype("<u4") << 16).view("<f4")
+            return wide.reshape(shape)
         table = f8_table(dtype)
         if table is not None:
-            return table[np.frombuffer(view, "u1")].reshape(shape)
+            looked_up: np.ndarray[Any, Any] = table[np.frombuffer(view, "u1")]
+            return looked_up.reshape(shape)
         raise TensorFileError("E_TENSORS_DTYPE", f"{name}: NumPy has no such dtype", where=self.path, found=dtype)
 
     def torch(self, name: str, device: Device | str | None = None) -> Tensor:
