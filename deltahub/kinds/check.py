@@ -1,0 +1,156 @@
+"""A trial run of a compiled equation on the meta device: sizes and shapes are known before any memory is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from deltahub.errors import KindError
+from deltahub.kinds.host_shape import HostShape
+from deltahub.kinds.layout import TensorSpec
+from deltahub.kinds.tree import Place
+
+__all__ = ["check"]
+
+FLOOR = 2**26
+"""Elements that any intermediate result may have."""
+GROWTH = 32
+"""How many times larger than everything that goes in an intermediate result may be, beyond the floor."""
+TOTAL = 16
+"""All intermediate results together, in units of the largest allowed one."""
+
+_WIDTH = 48
+"""Stands for a width that neither the host nor the tensors tell."""
+_ROWS, _GRID, _TAPS = 4, (4, 6), 16
+
+
+class _Meta:
+    """A host for the trial run: it has shapes and nothing else."""
+
+    def __init__(self, shape: HostShape) -> None:
+        self.shape = shape
+        inner = shape.d_in if shape.family != "norm" else shape.d_out
+        width = inner or shape.d_out or _WIDTH
+        outer = shape.d_out or shape.d_in or _WIDTH
+        groups = 2 if shape.grouped and shape.family == "conv" else 1
+        if shape.family == "embedding":
+            self.x = torch.empty(_ROWS, prod(_GRID), dtype=torch.int64, device="meta")
+        else:
+            self.x = self.map(width * groups, 15)
+        one = all(k == 1 for k in shape.kernel)
+        self.y = self.map(outer, 15 if one else 13)
+        weight = shape.weight_shape
+        self.W = None if weight is None else torch.empty(weight, device="meta")
+        self.b = torch.empty(outer, device="meta") if shape.bias else None
+
+    def map(self, channels: int, length: int) -> Tensor:
+        """Activations: positions then channels, or channels then positions."""
+        if self.shape.channels_first:
+            return torch.empty(_ROWS, channels, *(length + i for i in range(self.shape.spatial)), device="meta")
+        return torch.empty(_ROWS, prod(_GRID), channels, device="meta")
+
+    def deltahub_apply(self, x: Tensor, w: Tensor) -> Tensor:
+        family = self.shape.family
+        if family == "linear":
+            return torch.nn.functional.linear(x, w)
+        if family == "embedding":
+            return torch.nn.functional.embedding(x, w.T)
+        if family == "conv":
+            assert self.W is not None
+            if w.shape[1:] != self.W.shape[1:] or x.shape[1] != self.x.shape[1]:
+                raise ValueError(f"the host takes weights [any, {', '.join(map(str, self.W.shape[1:]))}]")
+            return torch.empty(x.shape[0], w.shape[0], *self.y.shape[2:], device="meta")
+        if family == "norm" and w.shape == (self.shape.d_out,):
+            return torch.empty_like(x)
+        raise ValueError(f"a {family} cannot be applied with this weight")
+
+    def deltahub_base(self, x: Tensor) -> Tensor:
+        if x.shape[1:] != self.x.shape[1:]:
+            raise ValueError("the module was given an input of another shape")
+        return torch.empty(x.shape[0], *self.y.shape[1:], device="meta")
+
+    def deltahub_weight(self) -> Tensor | None:
+        return self.W
+
+    def deltahub_bias(self) -> Tensor | None:
+        return self.b
+
+    def deltahub_context(self, name: str) -> object:
+        return {"grid": _GRID, "group": 2, "taps": (self.y,) * _TAPS}[name]
+
+    def given(self, name: str) -> object:
+        return self if name == "host" else getattr(self, name)
+
+    def expected(self, port: str) -> torch.Size:
+        """The shape that a port's value must have."""
+        if port == "weight":
+            assert self.W is not None
+            return self.W.shape
+        if port == "bias":
+            return torch.Size([self.y.shape[-1] if self.shape.d_out is None else self.shape.d_out])
+        return self.x.shape if port == "input" else self.y.shape
+
+
+def check(
+    graph: fx.Graph,
+    *,
+    port: str,
+    inputs: tuple[str, ...],
+    specs: Mapping[str, TensorSpec],
+    shape: HostShape,
+    place: Place,
+) -> None:
+    """Run a graph on the meta device and look at every intermediate result.
+
+    Raises:
+        KindError: ``E_KIND_SHAPE`` if an operation does not fit its arguments, or the value has another shape than its
+            port's; ``E_KIND_LIMIT`` if a result would be too large.
+    """
+    host = _Meta(shape)
+    arguments: list[object] = [host.given(name) for name in inputs]
+    arguments += [torch.empty(s.shape, dtype=_dtype(s.dtype), device="meta") for s in specs.values()]
+    limit = max(FLOOR, GROWTH * (sum(a.numel() for a in arguments if isinstance(a, Tensor)) + shape.weight_size))
+    remaining = iter(arguments)
+    total, environment = 0, {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            environment[node] = next(remaining)
+        elif node.op == "output":
+            result = fx.node.map_arg(node.args[0], environment.__getitem__)
+        else:
+            value = environment[node] = _run(node, environment)
+            size = value.numel() if isinstance(value, Tensor) else 0
+            total += size
+            if size > limit or total > TOTAL * limit:
+                at: Place = node.meta["place"]
+                raise at.error("E_KIND_LIMIT", f"the result would have {size} elements; at most {limit} are allowed")
+    if not isinstance(result, Tensor) or result.shape != host.expected(port):
+        found = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        error = place.error(
+            "E_KIND_SHAPE", f"the value of {port!r} must have the shape {list(host.expected(port))}, not {found}"
+        )
+        raise error
+
+
+def _run(node: fx.Node, environment: Mapping[fx.Node, Any]) -> Any:
+    args = fx.node.map_arg(node.args, environment.__getitem__)
+    kwargs = fx.node.map_arg(node.kwargs, environment.__getitem__)
+    assert callable(node.target)
+    try:
+        return node.target(*args, **kwargs)
+    except KindError:
+        raise
+    except Exception as error:  # whatever torch or einops says of shapes, it is the document that is wrong
+        place: Place = node.meta["place"]
+        shapes = [list(a.shape) for a in args if isinstance(a, Tensor)]
+        reason = str(error).strip().split("\n")[0]
+        raise place.error("E_KIND_SHAPE", f"the operation does not fit its arguments {shapes}: {reason}") from None
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = torch.float32 if name == "float" else getattr(torch, name)
+    return dtype
