@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltahub.backbones.files import BackboneFiles, read_json, staged
+from deltahub.backbones.files import BackboneFiles, architecture, read_json, staged
 from deltahub.backbones.libraries import Library, find_class, imported, library_of
 from deltahub.backbones.settings import Setting, build_fields, configure
 from deltahub.errors import BackboneError, DeltaHubError, UsageError
@@ -82,7 +82,7 @@ def build(
     if not isinstance(backbone, BackboneFiles):
         model = backbone if dtype is None else backbone.to(_torch_dtype(dtype))
         return Built(model=model if device is None else model.to(device))
-    class_name = source.get("class") or _architecture(backbone.folder)
+    class_name = source.get("class") or architecture(backbone.folder)
     library, name = library_of(class_name)
     imported(library)  # before `_quiet`: a library sets up its logger when it is imported
     with ExitStack() as stack:
@@ -164,22 +164,6 @@ def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
-def _architecture(folder: Path) -> str:
-    """Read the class from a configuration: of transformers, of diffusers, or of timm."""
-    config = read_json(folder / "config.json")
-    if isinstance(config, dict):
-        if isinstance(config.get("_class_name"), str):
-            return f"diffusers.{config['_class_name']}"
-        if isinstance(config.get("architecture"), str):
-            return f"timm.{config['architecture']}"
-        architectures = config.get("architectures")
-        if isinstance(architectures, list) and architectures:
-            return f"transformers.{architectures[0]}"
-    raise BackboneError(
-        "E_BACKBONE_CONFIG", "the backbone's configuration does not name an architecture", where=folder / "config.json"
-    )
-
-
 def _config(order: _Order) -> dict[str, Any]:
     config = read_json(order.stage / "config.json")
     if not isinstance(config, dict):
@@ -207,8 +191,8 @@ def _transformers(order: _Order) -> Built:
     # The stage is gone in a moment; the origin is what `describe` reads.
     model.config._name_or_path = model.name_or_path = str(order.files.folder)
     notes: tuple[str, ...] = ()
-    if declared and config.model_type and declared != config.model_type:
-        notes = (f"the backbone's configuration is of type {declared}, its class of type {config.model_type}",)
+    if declared and declared != (wanted := cls.config_class.model_type):
+        notes = (f"the backbone's configuration is of type {declared}, its class of type {wanted}",)
     return Built(
         model=model,
         missing=tuple(sorted(report["missing_keys"])),

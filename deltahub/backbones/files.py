@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BackboneFiles", "files_section", "resolve", "staged"]
+__all__ = ["BackboneFiles", "architecture", "files_section", "read_json", "resolve", "staged"]
 
 import json
 import re
@@ -67,7 +67,7 @@ def resolve(
         BackboneError: the source makes no sense, the repository cannot be had, or its files are not a checkpoint.
     """
     section = dict(source or {})
-    library = library_of(section["class"])[0] if section.get("class") is not None else LIBRARIES["transformers"]
+    library = library_of(section["class"])[0] if section.get("class") is not None else None
     subfolder = _plain_path(section.get("subfolder"))
     if override is not None and (isinstance(override, Path) or Path(override).is_dir() or _looks_local(override)):
         return _checkpoint(Path(override).expanduser(), library, subfolder, allow_pickle=allow_pickle)
@@ -147,17 +147,21 @@ def _reference(section: Mapping[str, object], override: str | Path | None) -> tu
     return hub, revision
 
 
-def _patterns(library: Library, subfolder: str, *, allow_pickle: bool) -> list[str]:
-    names = list(library.files)
-    for stem in library.weights:
-        names += [f"{stem}.safetensors", f"{stem}-*.safetensors", f"{stem}.safetensors.index.json"]
-    if allow_pickle:
-        for stem in library.pickle:
-            names += [f"{stem}.bin", f"{stem}-*.bin", f"{stem}.bin.index.json"]
+def _patterns(library: Library | None, subfolder: str, *, allow_pickle: bool) -> list[str]:
+    """What to fetch; of an unknown library, what any that its configuration may name would want."""
+    names: list[str] = []
+    for one in [library] if library else [entry for entry in LIBRARIES.values() if not entry.module_types]:
+        names += one.files
+        endings = [(stem, "safetensors") for stem in one.weights]
+        endings += [(stem, "bin") for stem in one.pickle] if allow_pickle else []
+        for stem, suffix in endings:
+            names += [f"{stem}.{suffix}", f"{stem}-*.{suffix}", f"{stem}.{suffix}.index.json"]
     return [f"{subfolder}/{name}" if subfolder else name for name in names]
 
 
-def _snapshot(hub: str, revision: str, library: Library, subfolder: str, *, allow_pickle: bool, **client: Any) -> Path:
+def _snapshot(
+    hub: str, revision: str, library: Library | None, subfolder: str, *, allow_pickle: bool, **client: Any
+) -> Path:
     """Fetch only what the library will be shown; give the snapshot's folder."""
     from huggingface_hub import errors, snapshot_download
 
@@ -165,9 +169,9 @@ def _snapshot(hub: str, revision: str, library: Library, subfolder: str, *, allo
 
     where = f"{hub}@{revision}"
     patterns = _patterns(library, subfolder, allow_pickle=allow_pickle)
-    agent = {"library_name": "deltahub", "library_version": __version__}
+    client |= {"library_name": "deltahub", "library_version": __version__}
     try:
-        return Path(snapshot_download(hub, revision=revision, allow_patterns=patterns, **agent, **client))
+        return Path(snapshot_download(hub, revision=revision, allow_patterns=patterns, **client))
     except errors.GatedRepoError as error:
         raise BackboneError(
             "E_BACKBONE_GATED",
@@ -203,13 +207,14 @@ def _inside(files: tuple[Path, ...], cache: Path) -> None:
             )
 
 
-def _checkpoint(folder: Path, library: Library, subfolder: str, *, allow_pickle: bool) -> BackboneFiles:
+def _checkpoint(folder: Path, library: Library | None, subfolder: str, *, allow_pickle: bool) -> BackboneFiles:
     """The folder that holds the configuration, and the weight files beside it."""
     if not folder.is_dir():
         raise BackboneError("E_BACKBONE_NOT_FOUND", "there is no such folder", where=folder)
     inner = folder / subfolder if subfolder and (folder / subfolder).is_dir() else folder
     if not (inner / "config.json").is_file() and (inner / "modules.json").is_file():
         inner = inner / _first_module(inner)
+    library = library or library_of(architecture(inner))[0]
     found = _weights(inner, library, allow_pickle=allow_pickle)
     origin = re.search(r"snapshots[/\\]([0-9a-f]{40})(?:[/\\]|$)", str(folder))
     return BackboneFiles(
@@ -224,6 +229,26 @@ def _first_module(folder: Path) -> str:
     modules = read_json(folder / "modules.json")
     first = modules[0] if isinstance(modules, list) and modules else None
     return _plain_path(first.get("path") if isinstance(first, dict) else None)
+
+
+def architecture(folder: Path) -> str:
+    """Read the class from a configuration: of transformers, of diffusers, or of timm.
+
+    Raises:
+        BackboneError: ``E_BACKBONE_CONFIG``.
+    """
+    config = read_json(folder / "config.json")
+    if isinstance(config, dict):
+        if isinstance(config.get("_class_name"), str):
+            return f"diffusers.{config['_class_name']}"
+        if isinstance(config.get("architecture"), str):
+            return f"timm.{config['architecture']}"
+        architectures = config.get("architectures")
+        if isinstance(architectures, list) and architectures:
+            return f"transformers.{architectures[0]}"
+    raise BackboneError(
+        "E_BACKBONE_CONFIG", "the backbone's configuration does not name an architecture", where=folder / "config.json"
+    )
 
 
 def _weights(folder: Path, library: Library, *, allow_pickle: bool) -> tuple[Path, ...]:
