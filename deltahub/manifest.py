@@ -273,6 +273,12 @@ class Manifest(Model):
 
     def _other_problems(self) -> list[Problem]:
         found: list[Problem] = []
+        kinds: set[str] = set()
+        for i, document in enumerate(self.kinds or ()):
+            kind = f"{document.get('kind')!r}, version {document.get('version')!r}"
+            if kind in kinds:
+                found.append(_twice(("kinds", i), f"the kind {kind} comes twice"))
+            kinds.add(kind)
         fields: set[tuple[str, str]] = set()
         for i, setting in enumerate(self.settings or ()):
             if (setting.on, setting.path) in fields:

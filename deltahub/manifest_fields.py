@@ -32,11 +32,12 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
+    model_serializer,
 )
 from pydantic_core import PydanticCustomError, core_schema
 from typing_extensions import TypeAliasType
@@ -52,13 +53,16 @@ class Model(BaseModel):
     """Base of all parts of a manifest: nothing is converted, nothing changes, unknown members are kept."""
 
     model_config = ConfigDict(
-        strict=True,
-        frozen=True,
-        extra="allow",
-        populate_by_name=True,
-        protected_namespaces=(),
-        hide_input_in_errors=True,
+        strict=True, frozen=True, extra="allow", protected_namespaces=(), hide_input_in_errors=True
     )
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = handler(self)
+        for name, field in type(self).model_fields.items():
+            if field.default is None and getattr(self, name) is None:
+                written.pop(field.alias or name, None)
+        return written
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -222,11 +226,32 @@ def _listed(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+class _Some:
+    """Metadata for an array that is not empty.
+
+    Pydantic's own ``min_length`` counts the items that passed, and so blames a good list for a bad item.
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "minItems": 1}
+
+    @staticmethod
+    def _check(value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not value:
+            raise PydanticCustomError("E_MANIFEST_FIELD", "{what}", {"what": "this list is empty"})
+        return value
+
+
 Optional = Annotated[T | None, BeforeValidator(_not_null)]
 """A member that may be absent. In Python None says so; in JSON null does not."""
 Tuple = Annotated[tuple[T, ...], BeforeValidator(_listed)]
 """A JSON array; in Python a tuple, or a list that becomes one."""
-NonEmpty = Annotated[tuple[T, ...], Field(min_length=1), BeforeValidator(_listed)]
+NonEmpty = Annotated[tuple[T, ...], BeforeValidator(_listed), _Some()]
 """As :data:`Tuple`, with something in it."""
 
 
