@@ -17,9 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import documents
 import expressions
 import hosts
 import numpy as np
+import packages
 
 __all__ = ["dump", "main"]
 
@@ -152,7 +154,7 @@ def identity_vectors() -> dict[Path, str]:
     for n in (2, 3, 4, 5, 7, 8, 9):
         case(f"{n} tensors", "DH-8.2-1", {f"layer.{i}": stored("U8", [i]) for i in range(n)})
     case("names are sorted by their bytes, not as text or numbers", "DH-8.2-1",
-         {n: stored("U8", [i]) for i, n in enumerate(["b", "B", "a.10", "a.2", "é", "e\u0301", "\uffff", "\U00010000"])})
+         {n: stored("U8", [i]) for i, n in enumerate(["b", "B", "a.10", "a.2", "é", "e\u0301", "\uff21", "\U0001f600"])})
     case("equal bytes of different dtypes and shapes have different leaves", "DH-8.1-1",
          {"a": stored("U8", [0, 0, 0, 0]), "b": stored("I8", [0, 0, 0, 0]), "c": stored("F32", 0.0), "d": stored("U8", [[0, 0], [0, 0]])})
     case("renamed and tied tensors share a leaf, and bytes never imply a tie", ["DH-8.1-1", "DH-8.3-3"],
@@ -212,7 +214,7 @@ def backbone_vectors() -> dict[Path, str]:
         outcome = (
             {"valid": True, "expect": result}
             if isinstance(result, dict)
-            else {"valid": False, "error_code": "E_BACKBONE_MISMATCH", "expect": {"tensors": result}}
+            else {"valid": False, "error_code": more.get("code", "E_BACKBONE_MISMATCH"), "expect": {"tensors": result}}
         )
         body = {"declared": said, "tensors": listed(tensors), "level": level}
         cases.append({"description": description, "clause": clause, **body, **outcome})
@@ -231,13 +233,15 @@ def backbone_vectors() -> dict[Path, str]:
     case("a tensor is missing", "DH-8.4-2", {n: t for n, t in base.items() if n != "layer.0.weight"}, "L3", ["layer.0.weight"])
     case("a tensor more", "DH-8.4-2", {**base, "more": stored("U8", [1])}, "L2", [])
     case("another shape", "DH-8.4-2", {**base, "layer.0.weight": stored("F32", [[1.0, 2.0, 3.0, 4.0]])}, "L3", ["layer.0.weight"])
-    case("a quantised copy", "DH-8.4-2", {**base, "layer.0.weight": stored("I8", [[1, 2], [3, 4]])}, "L3", ["layer.0.weight"])
+    case("a quantised copy", "DH-8.4-2", {**base, "layer.0.weight": stored("I8", [[1, 2], [3, 4]])}, "L3", ["layer.0.weight"],
+         code=["E_BACKBONE_MISMATCH", "E_BACKBONE_QUANTISED"])
     case("the BF16 copy of an F32 backbone, by its root", "DH-8.4-3", half, "L4", {"equal": "bf16"})
     case("the F64 copy of an F32 backbone, by its root", "DH-8.4-3", double, "L4", {"equal": "bf16"})
     case("the BF16 copy with one bit changed", "DH-8.4-3",
          {**half, "embed": ("BF16", (2, 2), b"\1" + half["embed"][2][1:])}, "L4", [])
-    listed_root = {**root, "compatible": [{"root": identity(other)["exact"], "relation": "quantised", "method": "awq"}]}
-    case("a backbone that the producer lists as compatible", "DH-8.4-4", other, "L4", {"equal": "compatible"}, declared=listed_root)
+    small = {**base, "layer.0.weight": stored("I8", [[1, 2], [3, 4]]), "layer.0.scale": stored("F32", [0.5])}
+    listed_root = {**root, "compatible": [{"root": identity(small)["exact"], "relation": "quantised", "method": "awq"}]}
+    case("a quantised backbone that the producer lists as compatible", "DH-8.4-4", small, "L4", {"equal": "compatible"}, declared=listed_root)
     case("a backbone that is neither it nor listed", "DH-8.4-4", flipped, "L4", [], declared=listed_root)
     return write("identity/backbone.json", "backbone", "a declared identity against the tensors of a backbone", cases)
 
@@ -246,6 +250,8 @@ def numeric_vectors() -> dict[Path, str]:
     return {
         **write("expression/valid.json", "apply", "programs, and what they compute", expressions.valid()),
         **write("expression/invalid.json", "kind", "programs that a reader refuses", expressions.invalid()),
+        **write("kinds/documents.json", "kind", "kind documents that a reader accepts or refuses", documents.documents()),
+        **write("packages/packages.json", "package", "packages, sound and hostile", packages.packages()),
         **write("kinds/builtin.json", "apply", "the built-in kinds on every family of hosts", hosts.kinds()),
         **write("composition/forward.json", "forward", "deltas on one host, live and merged", hosts.compositions()),
     }

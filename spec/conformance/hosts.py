@@ -152,14 +152,15 @@ def kinds() -> list[dict[str, Any]]:
                 **(none if w is None else {"weight": weight_port(kind, config, t, w), "bias": bias_port(kind, config, t, b)}),
             }
             if kind == "lora" and host.get("groups", 1) > 1:
-                ports["output"] = None  # DH-5.5-3
+                ports["output"] = None  # see compositions: there the weight form is used live
             for port, value in ports.items():
                 if value is None:
                     continue
+                clauses = ["DH-5.8-1", "DH-5.5-2"]
                 sees = ("x", "y", "W", "b") if port == "output" else ("W", "b")
                 body = {n: tensor(given[n]) for n in sees if given[n] is not None}
                 cases.append({
-                    "description": f"{kind}, {name}: {port}", "clause": ["DH-5.8-1", "DH-5.5-2"], **head, "port": port, **body,
+                    "description": f"{kind}, {name}: {port}", "clause": [*clauses, *(["DH-7.3-1"] if host["family"] == "embedding" else [])], **head, "port": port, **body,
                     "tensors": {n: tensor(a) for n, a in t.items()},
                     "valid": True, "expect": {"value": tensor(value)}, "tolerance": 1e-5,
                 })  # fmt: skip
@@ -226,6 +227,7 @@ def compositions() -> list[dict[str, Any]]:
                       "valid": True, "expect": {"y": tensor(y)}, "tolerance": 1e-5})  # fmt: skip
 
     def refused(description: str, clause: Any, deltas: list[dict[str, Any]], code: Any) -> None:
+        clause = [clause, "DH-11-2"]
         cases.append({"description": description, "clause": clause, **base, "deltas": written(deltas),
                       "valid": False, "error_code": code, "expect": {"unchanged": True}})  # fmt: skip
 
@@ -239,6 +241,15 @@ def compositions() -> list[dict[str, Any]]:
         if kind != "adapter":
             case(f"{kind} merged", ["DH-12.1-3", "DH-12.2-1"], [{"modules": [m], "merged": True}])
             case(f"{kind} merged with a strength of 0.5", ["DH-12.1-3", "DH-12.3-1"], [{"modules": [m], "strength": 0.5, "merged": True}])
+    grouped = HOSTS["grouped conv 2d"]
+    gx, gw, gb = sample(grouped)
+    assert gw is not None
+    on_groups = [{"modules": [module("lora", grouped)]}]
+    cases.append({
+        "description": "lora on a grouped convolution: what its weight equation says", "clause": "DH-5.5-3", "host": grouped,
+        "W": tensor(gw), "b": tensor(gb), "x": tensor(gx), "deltas": written(on_groups), "valid": True,
+        "expect": {"y": tensor(expected(grouped, gx, gw, gb, on_groups))}, "tolerance": 1e-5,
+    })  # fmt: skip
     case("assign and then lora: the update is on the new weight", ["DH-12.1-1", "DH-12.1-2"], [{"modules": [assign]}, {"modules": [lora]}])
     case("lora and then assign: the update is overwritten", ["DH-12.1-1", "DH-12.1-2"], [{"modules": [lora]}, {"modules": [assign]}])
     case("the same within one delta", "DH-12.1-1", [{"modules": [lora, assign]}])
