@@ -115,7 +115,8 @@ def check(
     arguments += [torch.empty(s.shape, dtype=_dtype(s.dtype), device="meta") for s in specs.values()]
     limit = max(FLOOR, GROWTH * (sum(a.numel() for a in arguments if isinstance(a, Tensor)) + shape.weight_size))
     remaining = iter(arguments)
-    total, environment = 0, {}
+    total = 0
+    environment: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
             environment[node] = next(remaining)

@@ -130,7 +130,7 @@ class Document:
             KindError: ``E_KIND_DOCUMENT`` for its structure, ``E_KIND_NAME`` for its names, and the codes of
                 :func:`deltahub.kinds.language.parse` for its equations.
         """
-        name = data.get("kind") if isinstance(data, Mapping) else None
+        name = data.get("kind") if isinstance(data, dict) else None
         return _Reader(data, where or (f"kind {name}" if isinstance(name, str) else "kind document")).document()
 
     @classmethod
@@ -190,8 +190,8 @@ class _Reader:
         for key, table in top.table("tensors").items():
             self.tensors[self.name(key, table)] = self.tensor_field(key, table)
         equations = self.equations()
-        identity = top.take("identity", (bool, dict), "true, false or a table of conditions", default=False)
-        strength = top.take("strength", str, "the name of a config number", None)
+        identity: Any = top.take("identity", (bool, dict), "true, false or a table of conditions", default=False)
+        strength: Any = top.take("strength", str, "the name of a config number", None)
         if strength is not None and (strength not in self.config or self.config[strength].type != "number"):
             raise top.error("must be the name of a config number", strength, "strength")
         top.finish()
@@ -235,7 +235,7 @@ class _Reader:
         if kind not in {"integer", "number", "boolean", "string"}:
             raise table.error("must be integer, number, boolean or string", kind, "type")
         table.take("description", str, "a string", "")
-        bounds: dict[str, float | None] = {}
+        bounds: dict[str, Any] = {}
         for key in (
             ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum") if kind in {"integer", "number"} else ()
         ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
@@ -103,8 +103,7 @@ class ConfigField:
         Raises:
             KindError: ``E_KIND_CONFIG`` if it has the wrong type, is not finite, or is out of bounds.
         """
-        right = {"integer": int, "number": (int, float), "boolean": bool, "string": str}[self.type]
-        if not isinstance(value, right) or (isinstance(value, bool) and self.type != "boolean"):
+        if not isinstance(value, _TYPES[self.type]) or (isinstance(value, bool) and self.type != "boolean"):
             raise self._error(f"must be {_ARTICLE[self.type]}", value, where)
         if self.enum and value not in self.enum:
             raise self._error(f"must be one of {', '.join(map(repr, self.enum))}", value, where)
@@ -118,17 +117,17 @@ class ConfigField:
 
     def _check_number(self, value: float, where: str) -> None:
         # A whole number beyond every float would overflow below, so it is looked at before it is converted.
-        if (isinstance(value, float) and not math.isfinite(value)) or (self.type == "number" and abs(value) > 1e300):
+        if self.type == "number" and not abs(value) <= 1e300:
             raise self._error("must be a finite number", value, where)
         if self.type == "integer" and abs(value) > MAX_CONFIG_INTEGER:
             raise self._error(f"must be at most {MAX_CONFIG_INTEGER}", value, where)
-        for bound, wrong, words in (
-            (self.minimum, lambda b: value < b, "must be at least"),
-            (self.maximum, lambda b: value > b, "must be at most"),
-            (self.exclusive_minimum, lambda b: value <= b, "must be greater than"),
-            (self.exclusive_maximum, lambda b: value >= b, "must be less than"),
+        for bound, allowed, words in (
+            (self.minimum, operator.ge, "must be at least"),
+            (self.maximum, operator.le, "must be at most"),
+            (self.exclusive_minimum, operator.gt, "must be greater than"),
+            (self.exclusive_maximum, operator.lt, "must be less than"),
         ):
-            if bound is not None and wrong(bound):
+            if bound is not None and not allowed(value, bound):
                 raise self._error(f"{words} {bound}", value, where)
 
     def _error(self, expected: str, found: object, where: str) -> KindError:
@@ -138,4 +137,5 @@ class ConfigField:
         )
 
 
+_TYPES: dict[str, tuple[type, ...]] = {"integer": (int,), "number": (int, float), "boolean": (bool,), "string": (str,)}
 _ARTICLE = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "a string"}

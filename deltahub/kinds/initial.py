@@ -51,7 +51,8 @@ def _orthogonal(shape: tuple[int, ...], g: torch.Generator, gain: float = 1.0) -
     rows, columns = shape[0], math.prod(shape[1:])
     q, r = torch.linalg.qr(_normal((max(rows, columns), min(rows, columns)), g, 1.0))
     q = q * r.diagonal().sign()  # makes the decomposition unique, and the distribution uniform
-    return gain * (q if rows >= columns else q.T).reshape(shape)
+    value: Tensor = gain * (q if rows >= columns else q.T).reshape(shape)
+    return value
 
 
 def _eye(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
@@ -68,7 +69,8 @@ def _indices(shape: tuple[int, ...], g: torch.Generator, bound: float) -> Tensor
     # Far fewer than there are: draw and drop repeats, so that no list of all of them is made.
     found = torch.empty(0, dtype=torch.int64, device=g.device)
     while len(found) < count:
-        found = torch.cat([found, torch.randint(int(bound), (2 * count,), generator=g, device=g.device)]).unique()
+        found = torch.cat([found, torch.randint(int(bound), (2 * count,), generator=g, device=g.device)])
+        found = torch.unique(found)
     return found[torch.randperm(len(found), generator=g, device=g.device)[:count]].reshape(shape)
 
 

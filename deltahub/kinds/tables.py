@@ -55,12 +55,10 @@ class Table:
                 raise self.error(f"is missing; it must be {words}", key=key)
             return cast(T, default)
         value = self.data.pop(key)
-        boolean_for_number = (
-            isinstance(value, bool) and kind is not bool and bool not in (kind if isinstance(kind, tuple) else ())
-        )
-        if not isinstance(value, kind) or boolean_for_number:
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise self.error(f"must be {words}", value, key)
-        return cast(T, value)
+        return value
 
     def table(self, key: str) -> dict[str, Table]:
         """A table of tables."""

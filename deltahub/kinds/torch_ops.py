@@ -108,7 +108,8 @@ def _like(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, axis: Axes, keep: bool) -> Tensor:  # noqa: FBT001
-    return torch.linalg.vector_norm(x, 2, axis, keep)
+    result: Tensor = torch.linalg.vector_norm(x, 2, axis, keep)
+    return result
 
 
 def _rms(x: Tensor, axis: Axes, keep: bool) -> Tensor:  # noqa: FBT001
@@ -116,7 +117,7 @@ def _rms(x: Tensor, axis: Axes, keep: bool) -> Tensor:  # noqa: FBT001
 
 
 def _normalize(x: Tensor, axis: Axes, eps: float) -> Tensor:
-    return x / torch.linalg.vector_norm(x, 2, axis, True).clamp_min(eps)  # noqa: FBT003
+    return x / _norm(x, axis, True).clamp_min(eps)  # noqa: FBT003
 
 
 def _shape(lengths: Axes) -> tuple[int, ...]:
@@ -148,7 +149,8 @@ def _size(x: Tensor, axis: int) -> int:
 
 
 def _einsum(xs: tuple[Tensor, ...], pattern: str) -> Tensor:
-    return einops.einsum(*xs, pattern)
+    result: Tensor = einops.einsum(*xs, pattern)  # type: ignore[call-overload]
+    return result
 
 
 def _zeros(shape: Axes, like: Tensor) -> Tensor:
@@ -181,13 +183,15 @@ def _skew(v: Tensor, n: int) -> Tensor:
     i, j = torch.triu_indices(n, n, 1, device=v.device)
     if v.shape[-1] != n * (n - 1) // 2:
         raise ValueError(f"skew({n}) needs {n * (n - 1) // 2} values, not {v.shape[-1]}")
-    upper = v.new_zeros((*v.shape[:-1], n * n)).index_copy(-1, i * n + j, v).unflatten(-1, (n, n))
+    upper = v.new_zeros((*v.shape[:-1], n * n)).index_copy(-1, i * n + j, v)
+    upper = upper.reshape(*v.shape[:-1], n, n)
     return upper - upper.mT
 
 
 def _cayley(s: Tensor) -> Tensor:
     eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
-    return torch.linalg.solve(eye - s, eye + s)
+    result: Tensor = torch.linalg.solve(eye - s, eye + s)
+    return result
 
 
 def _circulant(c: Tensor) -> Tensor:
@@ -197,7 +201,8 @@ def _circulant(c: Tensor) -> Tensor:
 
 
 def _ifft2_real(x: Tensor) -> Tensor:
-    return torch.fft.ifft2(x).real
+    result: Tensor = torch.fft.ifft2(x).real
+    return result
 
 
 def _gather(x: Tensor, axis: int, index: Tensor) -> Tensor:
@@ -221,7 +226,7 @@ def _embedding(index: Tensor, table: Tensor) -> Tensor:
 
 
 def _avg_pool1d(x: Tensor, kernel: Axes, stride: Axes | None, padding: Axes, ceil: bool, count_pad: bool) -> Tensor:  # noqa: FBT001
-    return F.avg_pool1d(x, kernel, stride, padding, ceil, count_pad)
+    return F.avg_pool1d(x, kernel, kernel if stride is None else stride, padding, ceil, count_pad)
 
 
 def _avg_pool2d(x: Tensor, kernel: Axes, stride: Axes | None, padding: Axes, ceil: bool, count_pad: bool) -> Tensor:  # noqa: FBT001

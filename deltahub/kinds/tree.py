@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from operator import add, floordiv, mul, pow, sub, truediv  # noqa: A004
 
 from deltahub.errors import KindError
 
@@ -148,16 +149,27 @@ class Program:
         return (*(node for _, node in self.steps), self.result)
 
 
-def bounded(value: float, place: Place) -> int | float:
+def bounded(value: float, place: Place) -> float:
     """The number itself, if it is finite and, where it is whole, no larger than 2**53."""
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, int):
+        if abs(value) > MAX_INTEGER:
+            raise place.error("E_KIND_NUMBER", f"the whole number is larger than 2**53 = {MAX_INTEGER}")
+    elif not math.isfinite(value):
         raise place.error("E_KIND_NUMBER", "the number is not finite")
-    if isinstance(value, int) and abs(value) > MAX_INTEGER:
-        raise place.error("E_KIND_NUMBER", f"the whole number is larger than 2**53 = {MAX_INTEGER}")
     return value
 
 
-def arithmetic(operator: str, left: float, right: float, place: Place) -> int | float:
+_COMPUTE: dict[str, Callable[[float, float], object]] = {
+    "+": add,
+    "-": sub,
+    "*": mul,
+    "/": truediv,
+    "//": floordiv,
+    "**": pow,
+}
+
+
+def arithmetic(operator: str, left: float, right: float, place: Place) -> float:
     """``left operator right`` on plain numbers, bounded before it is computed.
 
     Raises:
@@ -168,21 +180,13 @@ def arithmetic(operator: str, left: float, right: float, place: Place) -> int | 
     whole = isinstance(left, int) and isinstance(right, int) and abs(left) > 1
     if operator == "**" and whole and right * math.log2(abs(left)) > 54:
         raise place.error("E_KIND_NUMBER", f"the whole number is larger than 2**53 = {MAX_INTEGER}")
-    compute = {
-        "+": lambda: left + right,
-        "-": lambda: left - right,
-        "*": lambda: left * right,
-        "/": lambda: left / right,
-        "//": lambda: left // right,
-        "**": lambda: left**right,
-    }[operator]
     try:
-        value = compute()
+        value: object = _COMPUTE[operator](left, right)
     except ZeroDivisionError:
         raise place.error("E_KIND_NUMBER", "division by zero") from None
     except OverflowError:
         raise place.error("E_KIND_NUMBER", "the number is not finite") from None
-    if isinstance(value, complex):
+    if not isinstance(value, int | float):
         raise place.error("E_KIND_NUMBER", "the root of a negative number is not real")
     return bounded(value, place)
 
