@@ -1,0 +1,311 @@
+"""Deltas computed into a weight, in pieces: one arithmetic for models in memory and for checkpoints that are streamed.
+
+A float32 copy of a large half-precision weight costs more time in memory traffic than the sum itself, so the weight is
+worked through in blocks along one of its axes wherever the kinds' equations treat that axis element by element. Which
+blocks are taken depends on shapes alone; so a merge in memory and a merge from disk to disk give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from deltahub.kinds.document import Document
+from deltahub.kinds.fields import pick
+from deltahub.kinds.host_shape import HostShape
+from deltahub.kinds.layout import conditions
+from deltahub.kinds.tree import Binary, Call, Name, Negative, Node, Number, Program
+
+if TYPE_CHECKING:
+    from deltahub.kinds import Port
+
+__all__ = ["Change", "Merging", "at_once", "blend", "stored_transposed"]
+
+BLOCK = 1 << 20
+"""Elements of a block, which fits a processor's cache as float32."""
+
+
+class _Described(Protocol):
+    @property
+    def document(self) -> Document: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """One site's part in a merge: a kind bound to a config and a host, its tensors, and the user's strength.
+
+    Attributes:
+        kind: where its equations come from.
+        config: its config, the strength already multiplied in where the document names a number for it.
+        shape: the host's facts.
+        ports: the compiled equations.
+        tensors: in the order of the document; in any floating dtype.
+        strength: interpolates between what was and what becomes, where it is not 1.
+    """
+
+    kind: _Described
+    config: Mapping[str, object]
+    shape: HostShape
+    ports: Mapping[str, Port]
+    names: Sequence[str]
+    tensors: Sequence[Tensor]
+    strength: float = 1.0
+
+
+def blend(old: Tensor, new: Tensor, strength: float) -> Tensor:
+    """``old + strength · (new − old)``, exactly ``new`` for 1."""
+    return new if strength == 1.0 else old + strength * (new - old)
+
+
+@cache
+def stored_transposed(canonical: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a view's canonical weight is its stored one with the axes exchanged."""
+    return canonical(torch.empty(2, 3, device="meta")).shape[0] == 3
+
+
+class _Value(NamedTuple):
+    """What is known of an intermediate value: its shape, and which of its axes is the one that is cut."""
+
+    shape: tuple[int, ...]
+    axis: int | None
+
+
+_Facts = Mapping[str, "_Value | float"]
+
+
+class _WholeError(Exception):
+    """The equation cannot be worked through in pieces."""
+
+
+def _elementwise(left: _Value, right: _Value) -> _Value:
+    rank = max(len(left.shape), len(right.shape))
+    cut: set[int] = set()
+    for value in (left, right):
+        if value.axis is not None:
+            cut.add(value.axis + rank - len(value.shape))
+    shape = torch.broadcast_shapes(left.shape, right.shape)  # type: ignore[no-untyped-call]
+    if not cut:
+        return _Value(tuple(shape), None)
+    if len(cut) > 1:
+        raise _WholeError
+    axis = cut.pop()
+    for value in (left, right):
+        own = axis - (rank - len(value.shape))
+        if value.axis is None and own >= 0 and value.shape[own] != 1:
+            raise _WholeError  # a whole tensor against a piece
+    return _Value(tuple(shape), axis)
+
+
+def _product(left: _Value, right: _Value) -> _Value:
+    if len(left.shape) != 2 or len(right.shape) < 2 or left.axis == 1 or right.axis == 0:
+        raise _WholeError
+    if left.axis is not None and right.axis is not None:
+        raise _WholeError
+    return _Value((left.shape[0], *right.shape[1:]), left.axis if left.axis is not None else right.axis)
+
+
+def _along(value: _Value, axis: int, rank: int) -> _Value:
+    """A vector laid along an axis of the weight: ones follow."""
+    if len(value.shape) != 1 or axis >= rank:
+        raise _WholeError
+    return _Value((*value.shape, *(1,) * (rank - 1 - axis)), value.axis)
+
+
+def _follow(node: Node, facts: _Facts) -> _Value:
+    if isinstance(node, Number):
+        return _Value((), None)
+    if isinstance(node, Negative):
+        return _follow(node.value, facts)
+    if isinstance(node, Name):
+        value = facts.get(node.name)
+        if isinstance(value, _Value):
+            return value
+        if isinstance(value, int | float):
+            return _Value((), None)
+    if isinstance(node, Binary) and node.operator in {"+", "-", "*", "/"}:
+        return _elementwise(_follow(node.left, facts), _follow(node.right, facts))
+    if isinstance(node, Binary) and node.operator == "@":
+        return _product(_follow(node.left, facts), _follow(node.right, facts))
+    if isinstance(node, Call) and node.op in _ALONG and not node.kwargs:
+        weight = facts["W"]
+        assert isinstance(weight, _Value)
+        return _along(_follow(node.args[0], facts), _ALONG[node.op], len(weight.shape))
+    raise _WholeError
+
+
+_ALONG = {"rows": 0, "columns": 1}
+_CUT_NAMES = {0: "out", 1: "in"}
+
+
+def _cut_axis(document: Document, name: str, axis: int) -> int | None:
+    """Which axis of a tensor runs along the cut axis of the weight.
+
+    Raises:
+        _WholeError: two of them do, or its shape is not plain.
+    """
+    dims = document.tensors[name].dims
+    found = []
+    for at, dim in enumerate(dims):
+        if dim.spread == "weight" and len(dims) == 1:
+            return axis
+        if dim.spread is not None:
+            if at != len(dims) - 1:
+                raise _WholeError
+            continue
+        words = dim.text.replace("(", " ").replace(")", " ").split()
+        if words == [_CUT_NAMES[axis]]:
+            found.append(at)
+        elif _CUT_NAMES[axis] in words:
+            raise _WholeError  # in // 4 and the like
+    if len(found) > 1:
+        raise _WholeError
+    return found[0] if found else None
+
+
+def _program(change: Change, port: str) -> Program | None:
+    cases = change.kind.document.equations.get(port)
+    return None if cases is None else pick(cases, conditions(change.config, change.shape))
+
+
+def _cuts(change: Change, weight: tuple[int, ...], axis: int) -> tuple[int | None, ...] | None:
+    """Which axis of each tensor is to be cut along with the weight's; ``None`` where the change needs it whole."""
+    port = change.ports.get("weight")
+    if port is None:
+        return (None,) * len(change.tensors)
+    program = _program(change, "weight")
+    if program is None or port.uses & {"b", "host"}:
+        return None
+    facts: dict[str, _Value | float] = {
+        name: value for name, value in change.config.items() if isinstance(value, int | float)
+    }
+    facts["W"] = _Value(weight, axis)
+    try:
+        cuts = tuple(_cut_axis(change.kind.document, name, axis) for name in change.names)
+        for name, tensor, cut in zip(change.names, change.tensors, cuts, strict=True):
+            facts[name] = _Value(tuple(tensor.shape), cut)
+        for name, node in program.steps:
+            facts[name] = _follow(node, facts)
+        result = _follow(program.result, facts)
+    except (_WholeError, RuntimeError):  # torch's own word for shapes that do not broadcast
+        return None
+    return cuts if result == (weight, axis) else None
+
+
+class Merging:
+    """What several deltas make of one module's weight and bias, in pieces or at once.
+
+    Args:
+        changes: in the order in which they act.
+        weight: shape of the canonical weight.
+        transposed: whether the weight is stored with its first two axes exchanged, as an embedding is.
+        host: given to equations that ask for it.
+    """
+
+    def __init__(
+        self, changes: Sequence[Change], weight: Sequence[int], *, transposed: bool = False, host: Any = None
+    ) -> None:
+        self.changes = tuple(changes)
+        self.shape = tuple(weight)
+        self.host = host
+        axis = 1 if transposed else 0
+        cuts = [_cuts(change, self.shape, axis) for change in self.changes] if len(self.shape) > axis else [None]
+        entangled = any("W" in c.ports["bias"].uses for c in self.changes if "bias" in c.ports)
+        self.axis = None if entangled or any(one is None for one in cuts) else axis
+        """The axis of the canonical weight that is cut: that of the rows as they are stored. ``None``: never cut."""
+        self._cuts = cuts
+
+    @property
+    def sets_weight(self) -> bool:
+        return any("weight" in change.ports for change in self.changes)
+
+    @property
+    def sets_bias(self) -> bool:
+        return any("bias" in change.ports for change in self.changes)
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """Where to cut: start and stop along :attr:`axis`; whole, if it is ``None``."""
+        length = self.shape[self.axis or 0] if self.shape else 1
+        step = length
+        if self.axis is not None and length:
+            row = max(1, prod(self.shape) // length)
+            step = max(16, BLOCK // row // 16 * 16)
+        for start in range(0, max(length, 1), max(step, 1)):
+            yield start, min(length, start + step)
+
+    def weight(self, piece: Tensor, at: tuple[int, int]) -> Tensor:
+        """The new weight, or one piece of it, in the dtype given: computed in float32 at least, cast back once.
+
+        Args:
+            piece: the canonical weight between ``at`` along :attr:`axis`.
+            at: one of :meth:`pieces`.
+        """
+        assert self.axis is not None
+        w = piece.to(torch.promote_types(piece.dtype, torch.float32))
+        for change, cuts in zip(self.changes, self._cuts, strict=True):
+            if "weight" not in change.ports:
+                continue
+            assert cuts is not None
+            tensors = [
+                t if cut is None else t.narrow(cut, at[0], at[1] - at[0])
+                for t, cut in zip(change.tensors, cuts, strict=True)
+            ]
+            new = change.ports["weight"].fn(self.host, w, None, *_like(tensors, w))
+            w = blend(w, new, change.strength)
+        return w.to(piece.dtype)
+
+    def bias(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The new bias where no equation for it reads the weight.
+
+        Args:
+            bias: the old one, if there is any.
+            dtype: of the weight, which a new bias takes.
+        """
+        b = None if bias is None else bias.to(torch.promote_types(bias.dtype, torch.float32))
+        for change in self.changes:
+            if "bias" in change.ports:
+                own = torch.zeros(self.shape[0], dtype=torch.promote_types(dtype, torch.float32)) if b is None else b
+                own = own.to(bias.device if bias is not None else own.device)
+                new = change.ports["bias"].fn(self.host, None, own, *_like(change.tensors, own))
+                b = blend(own, new, change.strength)
+        return None if b is None else b.to(dtype if bias is None else bias.dtype)
+
+    def whole(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """New weight (canonical) and bias, piece by piece where that is possible."""
+        if self.axis is not None:
+            if not self.sets_weight:
+                return weight, self.bias(bias, weight.dtype)
+            new = torch.empty_like(weight)
+            for at in self.pieces():
+                part = weight.narrow(self.axis, at[0], at[1] - at[0])
+                new.narrow(self.axis, at[0], at[1] - at[0]).copy_(self.weight(part, at))
+            return new, self.bias(bias, weight.dtype)
+        return at_once(self.changes, self.host, weight, bias)
+
+
+def at_once(
+    changes: Sequence[Change], host: Any, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """New weight (canonical) and bias in one piece; gradients flow to the changes' tensors."""
+    w = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    b = None if bias is None else bias.to(w.dtype)
+    for change in changes:
+        tensors, ports = _like(change.tensors, w), change.ports
+        new_w, new_b = w, b
+        if "bias" in ports:
+            own = w.new_zeros(w.shape[0]) if b is None else b
+            new_b = blend(own, ports["bias"].fn(host, w, own, *tensors), change.strength)
+        if "weight" in ports:
+            new_w = blend(w, ports["weight"].fn(host, w, b, *tensors), change.strength)
+        w, b = new_w, new_b  # both equations saw what the change before left
+    return w.to(weight.dtype), None if b is None else b.to(weight.dtype)
+
+
+def _like(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+    """Floating tensors in the dtype of the computation, on its device."""
+    return [t.to(like) if t.is_floating_point() else t.to(like.device) for t in tensors]
