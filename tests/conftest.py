@@ -9,7 +9,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ os.environ.update(
     HF_HUB_DISABLE_XET="1",
     HF_HUB_DISABLE_UPDATE_CHECK="1",
     HF_ENDPOINT="http://127.0.0.1:1",  # nothing listens there: a test that forgets endpoint= fails at once
-    DELTAHUB_HOME=f"{_HOME}/deltahub",
+    DELTAHUB_CACHE=f"{_HOME}/deltahub",
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
 )
@@ -48,3 +48,50 @@ def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
 def cache(tmp_path: Path) -> Path:
     """An empty Hub cache."""
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def make_package(tmp_path: Path) -> Callable[..., Path]:
+    """Write a small valid package: ``make_package("name", seed=1, rank=4)`` gives its folder."""
+    import hashlib
+    import json
+
+    import numpy as np
+
+    from deltahub.tensors import write
+
+    def make(name: str = "package", *, seed: int = 0, rank: int = 4, shards: int = 1, size: int = 8) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        random = np.random.default_rng(seed)
+        sites = [f"layer.{n}.query" for n in range(2)]
+        tensors = {f"attention/{site}/down": random.standard_normal((rank, size), np.float32) for site in sites}
+        tensors |= {f"attention/{site}/up": random.standard_normal((size, rank), np.float32) for site in sites}
+        names = sorted(tensors)
+        files = []
+        for n in range(shards):
+            path = "delta.safetensors" if shards == 1 else f"delta-{n + 1:05d}-of-{shards:05d}.safetensors"
+            digest = write(folder / path, {key: tensors[key] for key in names[n::shards]})
+            files.append({"path": path, "size": digest.size, "sha256": digest.sha256})
+        root = {key: hashlib.sha256(key.encode()).hexdigest() for key in ("exact", "bf16", "structure")}
+        manifest = {
+            "spec_version": "1.0",
+            "backbone": {
+                "source": {"hub": "org/base", "commit": "0" * 40, "class": "transformers.BertModel"},
+                "identity": {"algorithm": "sha256-tree-1", **root, "tensors": 3},
+            },
+            "modules": [
+                {
+                    "name": "attention",
+                    "kind": "lora",
+                    "version": 1,
+                    "config": {"rank": rank, "scale": 2.0},
+                    "targets": ["layer.{0..1}.query"],
+                }
+            ],
+            "files": files,
+        }
+        (folder / "delta.json").write_text(json.dumps(manifest, indent=2))
+        return folder
+
+    return make

@@ -6,6 +6,7 @@ __all__ = ["Checkpoint", "FileCheckpoint", "Leaves", "ValueCheckpoint", "open_ch
 
 import math
 import os
+from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -27,7 +28,7 @@ Leaves: TypeAlias = dict[str, tuple[bytes, bytes]]
 """Name to (exact leaf, BF16 leaf); the second is empty where it was not asked for and differs from the first."""
 
 
-class Checkpoint:
+class Checkpoint(ABC):
     """Tensors by the names they have in checkpoint files.
 
     Attributes:
@@ -41,9 +42,9 @@ class Checkpoint:
         self.specs = specs
         self.ties = dict(ties or {})
 
+    @abstractmethod
     def leaves(self, names: Iterable[str], *, bf16: bool = False) -> Leaves:
         """Leaves of some of the tensors; hashed in threads, and at most once."""
-        raise AssertionError("a checkpoint is made of files or of values")
 
 
 def _hash(jobs: list[tuple[str, Spec, Callable[[], memoryview]]], *, bf16: bool) -> Leaves:
