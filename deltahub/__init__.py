@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from deltahub.errors import DeltaHubError
     from deltahub.hub import pull, search
     from deltahub.identity import fingerprint
-    from deltahub.loading import inspect, load, verify
+    from deltahub.inspecting import inspect
+    from deltahub.loading import load, verify
 
 __all__ = [
     "Delta",
@@ -48,7 +49,7 @@ _ROOMS = {
     "attach": "attaching",
     "deltas": "composition",
     "fingerprint": "identity",
-    "inspect": "loading",
+    "inspect": "inspecting",
     "load": "loading",
     "pull": "hub",
     "push": "delta",

@@ -83,7 +83,7 @@ def test_light_names_stay_light() -> None:
     """The names that deal with packages and the Hub are reached without torch."""
     code = """
 import sys, deltahub
-for name in ("DeltaHubError", "pull", "push", "search", "fingerprint", "converters"):
+for name in ("DeltaHubError", "pull", "search", "inspect", "fingerprint", "converters"):
     getattr(deltahub, name)
     assert "torch" not in sys.modules, name
 """

@@ -260,8 +260,9 @@ def _timm(order: _Order) -> Built:
     model.load_state_dict(fits, strict=False)
     if (dtype := _dtype_argument(order.dtype)) not in {None, "auto"}:
         model.to(dtype)
-    cfg = {**(getattr(model, "pretrained_cfg", None) or {}), "architecture": order.name}
-    model.pretrained_cfg = cfg | ({"hf_hub_id": order.files.hub} if order.files.hub else {})
+    # timm names the repository of its own weights, wherever these came from.
+    known = getattr(model, "pretrained_cfg", None) or {}
+    model.pretrained_cfg = {**known, "architecture": order.name, "hf_hub_id": order.files.hub}
     return Built(
         model=model,
         missing=tuple(sorted(own.keys() - fits.keys())),
