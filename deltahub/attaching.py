@@ -6,26 +6,34 @@ Attaching is all or nothing; a model is as it was when anything is refused.
 from __future__ import annotations
 
 import difflib
+import functools
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from deltahub import kinds
 from deltahub.composition import REGISTRY, Registry, active, check_conflicts, freeze, registry
 from deltahub.delta import Delta
-from deltahub.errors import InjectionError, TargetError, UsageError
+from deltahub.errors import HostError, InjectionError, KindError, TargetError, UsageError
 from deltahub.hosts import BLOCK, view_of
 from deltahub.injection import add_site, slot_of
+from deltahub.kinds import Document, Kind
+from deltahub.roles import ROLE_PREFIX, paths_of
 from deltahub.sites import SITE_PREFIX, Bound, Part, Site
+from deltahub.targets import select
 
 if TYPE_CHECKING:
-    import os
-
     from deltahub.kinds.host_shape import HostShape
 
 __all__ = ["attach", "attach_parts"]
+
+Choice = Callable[[str, nn.Module], bool]
+"""An author's own choice of modules, by path and module."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 
@@ -33,7 +41,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 def attach(
     model: nn.Module,
     kind: str | Mapping[str, object] | os.PathLike[str],
-    targets: str | Sequence[str] | Callable[[str, nn.Module], bool],
+    targets: str | Sequence[str] | Choice | None = None,
     *,
     name: str | None = None,
     exclude: str | Sequence[str] = (),
@@ -48,8 +56,9 @@ def attach(
     Args:
         model: any ``nn.Module``.
         kind: a kind's name, a kind document as a mapping, or the path of a TOML document.
-        targets: exact paths, dotted suffixes, globs (``**.query``), ``type:Linear``, ``{0..11}`` ranges, or a function
-            of path and module. Something must match.
+        targets: exact paths, dotted suffixes, globs (``**.query``), ``type:Linear``, ``{0..11}`` ranges, roles
+            (``role:attention.query``), or a function of path and module. Each must match something. The roles that the
+            kind's document names by default.
         name: the delta's name; the kind's by default.
         exclude: what to leave out, in the same notation.
         frozen: set ``requires_grad`` of all backbone parameters to ``False``; restored by :meth:`Delta.detach`.
@@ -67,16 +76,46 @@ def attach(
         HostError: a target cannot host the kind.
         InjectionError: the name is taken, or the delta conflicts with an active one.
     """
-    from deltahub.kinds import resolve
-    from deltahub.targets import select
-
-    found = resolve(kind)
+    found = _kind(kind)
     name = name or found.name.rsplit(".", 1)[-1]
-    modules = {n: m for n, m in model.named_modules() if n and SITE_PREFIX not in n}
-    paths = select(modules, targets, exclude)
+    paths = _choose(model, targets, exclude)
     part = Part(name=name, kind=found, config=found.check_config(config), paths=paths, dropout=dropout)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return attach_parts(model, name, [part], frozen=frozen, dtype=dtype, generator=generator)
+
+
+def _kind(kind: str | Mapping[str, object] | os.PathLike[str]) -> Kind:
+    """A built-in kind by name, or one from a document: a mapping, or a TOML file."""
+    if isinstance(kind, str) and not kind.endswith(".toml"):
+        return kinds.get(kind)
+    if isinstance(kind, Mapping):
+        return Kind(Document.parse(kind))
+    return Kind(Document.from_toml(Path(kind).read_text(encoding="utf-8"), where=str(kind)))
+
+
+def _choose(model: nn.Module, targets: str | Sequence[str] | Choice, exclude: str | Sequence[str]) -> list[str]:
+    """The paths of the modules that an author means, in the model's order."""
+    modules = {n: m for n, m in model.named_modules() if n and SITE_PREFIX not in n}
+    names = {path: _lineage(slot.base if (slot := slot_of(m)) else type(m)) for path, m in modules.items()}
+    wanted = [targets] if isinstance(targets, str) or callable(targets) else list(targets)
+    found: set[str] = set()
+    for target in wanted:
+        if callable(target):
+            found |= {path for path, module in modules.items() if target(path, module)}
+        elif target.startswith(ROLE_PREFIX):
+            found |= set(paths_of(model, target.removeprefix(ROLE_PREFIX), modules))
+        else:
+            found |= set(select(names, target))
+    if exclude:
+        found -= set(select(names, "**")) - set(select(names, "**", exclude))
+    if not found:
+        raise TargetError("E_TARGET_NOTHING", "no module is left to attach to", hint="see model.named_modules()")
+    return [path for path in modules if path in found]
+
+
+@functools.cache
+def _lineage(cls: type) -> tuple[str, ...]:
+    return tuple(c.__name__ for c in cls.__mro__)
 
 
 def attach_parts(
@@ -98,9 +137,10 @@ def attach_parts(
     if name in home:
         raise InjectionError("E_INJECTION_NAME_TAKEN", f"a delta {name!r} is attached already", hint="give name=")
     modules = {n: m for n, m in model.named_modules() if SITE_PREFIX not in n}
+    generator = generator or torch.default_generator
     built: list[tuple[Part, nn.Module, Site]] = []
     for part in parts:
-        bounds: dict[tuple[HostShape, bool], Bound] = {}
+        known: dict[HostShape, Bound] = {}
         for path in part.paths:
             module = _module(modules, path)
             slot = slot_of(module)
@@ -111,7 +151,7 @@ def attach_parts(
                     where=path,
                     hint="attach all deltas through the same outer model",
                 )
-            built.append((part, module, _build(name, part, path, module, bounds, dtype, generator)))
+            built.append((part, module, _build(name, part, path, module, known, dtype, generator)))
     delta = Delta(name=name, model=model, parts=parts)
     for part, module, site in built:
         part.sites.append((module, site))
@@ -145,38 +185,54 @@ def _build(
     part: Part,
     path: str,
     module: nn.Module,
-    bounds: dict[tuple[HostShape, bool], Bound],
+    known: dict[HostShape, Bound],
     dtype: torch.dtype | None,
-    generator: torch.Generator | None,
+    generator: torch.Generator,
 ) -> Site:
     slot = slot_of(module)
+    base = slot.base if slot is not None else type(module)
     view = slot.view if slot is not None else view_of(module)
-    shape = view.shape(module, slot.base if slot is not None else type(module))
+    shape = view.shape(module, base)
     given = None if part.tensors is None else part.tensors[path]
-    known = {} if given is None else {n: tuple(t.shape) for n, t in given.items()}
-    live = view.live_output(module)
-    bound = bounds.get((shape, live))
-    if bound is None:
-        part.kind.fits(shape, part.config, where=path)
-        bound = bounds[shape, live] = Bound(part.kind, part.config, shape, live_output=live)
-    specs = part.kind.tensors(part.config, shape, known=known, where=path)
-    tensors: dict[str, Tensor] = {}
+    try:
+        if given is not None:
+            shapes = {n: tuple(t.shape) for n, t in given.items()}
+            shape = part.kind.bind(part.config, shape, shapes)
+            specs = part.kind.tensors(part.config, shape, known=shapes)
+        else:
+            specs = part.kind.tensors(part.config, shape)
+        bound = known.get(shape)
+        if bound is None:
+            bound = known[shape] = Bound(part.kind, part.config, shape)
+            _check_context(bound, module, path)
+    except KindError as error:
+        error.where = f"{path} ({base.__name__}), {error.where}" if error.where else f"{path} ({base.__name__})"
+        raise
     weight = None if view is BLOCK else view.weight(module)
     like = weight if weight is not None else next(module.parameters(), None)
     device = like.device if like is not None else torch.device("cpu")
+    floating = like is not None and like.is_floating_point()
+    tensors: dict[str, Tensor] = {}
     for name, spec in specs.items():
         if given is None:
-            value = part.kind.init(
-                spec,
-                generator,
-                W=weight,
-                b=view.bias(module),
-                dtype=dtype
-                or (like.dtype if like is not None and like.is_floating_point() else torch.get_default_dtype()),
-                device=device,
-            )
+            wanted = dtype or (like.dtype if like is not None and floating else torch.get_default_dtype())
+            bias = view.bias(module)
+            value = part.kind.init(spec, generator, W=weight, b=bias, dtype=wanted, device=device)
         else:
             value = given[name].to(device=device, dtype=dtype if given[name].is_floating_point() else None)
         trainable = spec.trainable and value.is_floating_point()
         tensors[name] = nn.Parameter(value) if trainable else value
     return Site(delta=delta, module=part.name, path=path, bound=bound, tensors=tensors, dropout=part.dropout)
+
+
+def _check_context(bound: Bound, module: nn.Module, path: str) -> None:
+    """Refuse a kind whose equations ask for what this host cannot give, before anything runs."""
+    asked = {name for port in bound.ports.values() for name in port.uses} & set(bound.kind.document.context)
+    if asked:
+        raise HostError(
+            "E_HOST_CONTEXT",
+            f"kind {bound.kind.name!r} needs what this host cannot give",
+            where=path,
+            expected=", ".join(sorted(asked)),
+            found=type(module).__name__,
+        )

@@ -12,7 +12,6 @@ from torch import nn
 from deltahub.errors import InjectionError
 from deltahub.sites import SITE_PREFIX, Part, Site, Switch
 
-
 __all__ = [
     "REGISTRY",
     "Registry",

@@ -58,10 +58,6 @@ class View:
     def shape(self, module: nn.Module, base: type[nn.Module]) -> HostShape:
         raise NotImplementedError
 
-    def live_output(self, module: nn.Module) -> bool:
-        """Whether ``linear(host(x, down), up)`` equals the host applied with ``up @ down``."""
-        return True
-
     def canonical(self, stored: Tensor) -> Tensor:
         """The stored weight in canonical orientation (a view of it, no copy)."""
         return stored
@@ -171,12 +167,8 @@ class _ConvView(View):
             bias=module.bias is not None,
             spatial=len(kernel),
             channels_first=True,
-            grouped=not self.live_output(module),
+            grouped=module.groups != 1,
         )
-
-    def live_output(self, module: nn.Module) -> bool:
-        # In a grouped convolution an output channel sees its own group only, which `up` would mix.
-        return bool(module.groups == 1)
 
     def apply(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if base.forward in _PLAIN_CONV_FORWARDS:
@@ -240,6 +232,7 @@ class _NormView(View):
 
     def shape(self, module: nn.Module, base: type[nn.Module]) -> HostShape:
         dim = cast(Tensor, module.weight).shape[0]
+        # A norm over channels-first maps takes inputs of any rank: its channel axis is not known beforehand.
         first = isinstance(module, (nn.GroupNorm, nn.modules.batchnorm._NormBase))
         return HostShape(
             family="norm",
@@ -247,7 +240,6 @@ class _NormView(View):
             d_out=dim,
             bias=self.bias(module) is not None,
             channels_first=first,
-            grouped=first,
         )
 
     def apply(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -255,10 +247,6 @@ class _NormView(View):
             # An RMS norm's forward knows no bias and would ignore one without a word.
             return _call_with(module, base, {"weight": weight}, x) + bias
         return super().apply(module, base, x, weight, bias)
-
-    def live_output(self, module: nn.Module) -> bool:
-        # A norm over channels-first maps takes inputs of any rank, so the channel axis is not known beforehand.
-        return not isinstance(module, (nn.GroupNorm, nn.modules.batchnorm._NormBase))
 
 
 class _BlockView(View):

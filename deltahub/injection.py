@@ -58,6 +58,8 @@ def hosted(base: type[nn.Module]) -> type[nn.Module]:
         "forward": forward,
         "deltahub_apply": lambda self, x, w: self._deltahub.view.partial(self, self._deltahub.base, x, w),
         "deltahub_base": original,
+        "deltahub_weight": lambda self: self._deltahub.view.weight(self),
+        "deltahub_bias": lambda self: self._deltahub.view.bias(self),
         "deltahub_context": _context,
         "__reduce_ex__": _reduce,
         "__module__": base.__module__,
@@ -184,7 +186,7 @@ def merge_slot(module: nn.Module, merged: set[str]) -> None:
     if chosen:
         kept = {name: cast("Tensor | None", module._parameters.get(name)) for name in ("weight", "bias")}
         with torch.no_grad():
-            weight, bias = slot.transformed(module, chosen)
+            weight, bias = slot.merged(module, chosen)
             new: dict[str, Tensor | None] = {"weight": view.stored(weight).contiguous(), "bias": bias}
         slot.kept = {k: None if v is None else v.detach() for k, v in kept.items()}
         _put(module, new)

@@ -10,18 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltahub.errors import HostError
 from deltahub.hosts import View, view_of
+from deltahub.merging import Change, Merging, at_once, blend, stored_transposed
 
 if TYPE_CHECKING:
     from deltahub.kinds import Kind, Port
     from deltahub.kinds.host_shape import HostShape
 
-__all__ = ["SITE_PREFIX", "Bound", "Part", "Plan", "Site", "Slot", "Switch"]
+__all__ = ["SITE_PREFIX", "Bound", "Part", "Plan", "Site", "Slot", "Switch", "change_of"]
 
 SITE_PREFIX = "deltahub:"
 """Sites are child modules of their host under this prefix; their tensors stay out of ``state_dict()``."""
@@ -46,33 +45,22 @@ class Switch:
 
 
 class Bound:
-    """A kind with a config, bound to the facts of a host: its compiled ports. Pickles as data."""
+    """A kind with a config, bound to the facts of a host: its compiled ports. Pickles as data, copies as itself."""
 
-    __slots__ = ("config", "kind", "live", "ports", "shape")
+    __slots__ = ("config", "kind", "live", "mergeable", "ports", "reads_weight", "shape")
 
-    def __init__(self, kind: Kind, config: Mapping[str, object], shape: HostShape, *, live_output: bool) -> None:
+    def __init__(self, kind: Kind, config: Mapping[str, object], shape: HostShape) -> None:
         self.kind = kind
         self.config = dict(config)
         self.shape = shape
-        self.ports: Mapping[str, Port] = kind.compile(self.config, shape)
-        has_live = any(port in self.ports for port in _LIVE)
-        self.live = has_live and (live_output or not self.mergeable)
-        """Whether the live equations run as they are; otherwise the host runs with the changed weight and bias."""
-        if has_live and not live_output and not self.mergeable:
-            raise HostError(
-                "E_HOST_NO_CHANNEL_AXIS",
-                f"kind {kind.name!r} has live equations only, and this host gives no channel axis to them",
-                where=shape.family,
-                hint="target a module with a known channel axis, or a block around this one",
-            )
-
-    @property
-    def mergeable(self) -> bool:
-        return any(port in self.ports for port in _MERGED)
+        self.ports: dict[str, Port] = dict(kind.compile(self.config, shape))
+        self.mergeable = any(port in self.ports for port in _MERGED)
+        self.live = any(port in self.ports for port in _LIVE)
+        """Whether it runs by live equations; otherwise the host runs with the changed weight and bias."""
+        self.reads_weight = any(self.ports[p].uses & {"W", "b"} for p in _LIVE if p in self.ports)
 
     def __reduce__(self) -> tuple[object, ...]:
-        forced = self.live or not self.mergeable
-        return (_rebind, (self.kind, self.config, self.shape, forced))
+        return (Bound, (self.kind, self.config, self.shape))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Bound:
         return self
@@ -81,12 +69,22 @@ class Bound:
         """The same with the config number that the document calls its strength multiplied."""
         name = self.kind.document.strength
         assert name is not None
-        config = {**self.config, name: cast(float, self.config[name]) * strength}
-        return _rebind(self.kind, config, self.shape, self.live or not self.mergeable)
+        return Bound(self.kind, {**self.config, name: cast(float, self.config[name]) * strength}, self.shape)
 
-
-def _rebind(kind: Kind, config: Mapping[str, object], shape: HostShape, live_output: bool) -> Bound:  # noqa: FBT001
-    return Bound(kind, config, shape, live_output=live_output)
+    def change(self, names: Sequence[str], tensors: Sequence[Tensor], strength: float) -> Change:
+        """What a site does to its host's weight and bias, as :mod:`deltahub.merging` takes it."""
+        bound = self
+        if strength != 1.0 and self.kind.document.strength:
+            bound, strength = self.strengthened(strength), 1.0
+        return Change(
+            kind=bound.kind,
+            config=bound.config,
+            shape=bound.shape,
+            ports=bound.ports,
+            names=names,
+            tensors=tensors,
+            strength=strength,
+        )
 
 
 class Site(nn.Module):
@@ -150,10 +148,6 @@ def _cast(tensors: Sequence[Tensor], like: Tensor) -> Sequence[Tensor]:
     return tensors
 
 
-def _blend(old: Tensor, new: Tensor, strength: float) -> Tensor:
-    return new if strength == 1.0 else old + strength * (new - old)
-
-
 class Plan:
     """What a host does for one set of active deltas.
 
@@ -167,10 +161,15 @@ class Plan:
     def __init__(self, slot: Slot, sites: Sequence[Site]) -> None:
         self.slot = slot
         dual = [s for s in sites if s.bound.mergeable and not s.merged]
-        last = max((i for i, s in enumerate(dual) if not s.bound.live), default=-1)
         # A site may run its live form only where nothing after it reads the weight that it would have changed.
-        self.weighted = tuple(dual[: last + 1])
-        self.wrapped = (*dual[last + 1 :], *(s for s in sites if not s.bound.mergeable))
+        count = 0
+        for i, site in enumerate(dual):
+            if not site.bound.live:
+                count = i + 1
+            elif site.bound.reads_weight:
+                count = i
+        self.weighted = tuple(dual[:count])
+        self.wrapped = (*dual[count:], *(s for s in sites if not s.bound.mergeable))
         self.plain = not self.weighted and all(set(s.bound.ports) & set(_LIVE) == {"output"} for s in self.wrapped)
 
     def innermost(self, module: nn.Module, call: Callable[[Any], Any], x: Any) -> Any:
@@ -186,8 +185,12 @@ class Plan:
             return self.level(len(self.wrapped), module, call, x)
         y = call(x)
         for site in self.wrapped:
-            y = self.output(site, module, x, y)
+            y = self.output(site, module, call, x, y)
         return y
+
+    def host(self, site: Site, module: nn.Module, call: Callable[[Any], Any]) -> Any:
+        """What an equation's ``host`` is: the module, or a stand-in where its weight is another for this site."""
+        return Caller(self, 0, module, call) if site.bound.reads_weight else module
 
     def level(self, depth: int, module: nn.Module, call: Callable[[Any], Any], x: Any) -> Any:
         """The host with its ``depth`` innermost wrapping sites."""
@@ -200,22 +203,24 @@ class Plan:
             tensors = _cast(site.tensors(), x)
             y = ports["replace"].fn(caller, x, *tensors)
             s = self.slot.switch.strength.get(site.delta, 1.0)
-            return y if s == 1.0 else _blend(caller.deltahub_base(x), y, s)
+            return y if s == 1.0 else blend(caller.deltahub_base(x), y, s)
         inner = x
         if "input" in ports:
             s = self.slot.switch.strength.get(site.delta, 1.0)
-            inner = _blend(x, ports["input"].fn(module, x, *_cast(site.tensors(), x)), s)
+            inner = blend(x, ports["input"].fn(module, x, *_cast(site.tensors(), x)), s)
         y = self.level(depth - 1, module, call, inner)
-        return self.output(site, module, x, y) if "output" in ports else y
+        return self.output(site, module, call, x, y) if "output" in ports else y
 
-    def output(self, site: Site, module: nn.Module, x: Any, y: Any) -> Any:
+    def output(self, site: Site, module: nn.Module, call: Callable[[Any], Any], x: Any, y: Any) -> Any:
         strength = self.slot.switch.strength.get(site.delta, 1.0)
         bound = site.bound
         if strength != 1.0 and bound.kind.document.strength:
             bound, strength = bound.strengthened(strength), 1.0
         if site.dropout and site.training and x.is_floating_point():
             x = F.dropout(x, site.dropout)
-        return _blend(y, bound.ports["output"].fn(module, x, y, *_cast(site.tensors(), y)), strength)
+        return blend(
+            y, bound.ports["output"].fn(self.host(site, module, call), x, y, *_cast(site.tensors(), y)), strength
+        )
 
 
 class Caller:
@@ -235,8 +240,29 @@ class Caller:
     def deltahub_apply(self, x: Any, weight: Tensor) -> Any:
         return self.module.deltahub_apply(x, weight)  # type: ignore[operator]
 
+    def deltahub_weight(self) -> Tensor:
+        return self.plan.slot.transformed(self.module, self.plan.weighted)[0]
+
+    def deltahub_bias(self) -> Tensor | None:
+        return self.plan.slot.transformed(self.module, self.plan.weighted)[1]
+
     def deltahub_context(self, name: str) -> Any:
         return self.module.deltahub_context(name)  # type: ignore[operator]
+
+
+def change_of(bound: Bound, names: Sequence[str], tensors: Sequence[Tensor], strength: float = 1.0) -> Change:
+    """What a site does to a weight and a bias, with these tensors and at this strength."""
+    if strength != 1.0 and bound.kind.document.strength:
+        bound, strength = bound.strengthened(strength), 1.0
+    return Change(
+        kind=bound.kind,
+        config=bound.config,
+        shape=bound.shape,
+        ports=bound.ports,
+        names=tuple(names),
+        tensors=tuple(tensors),
+        strength=strength,
+    )
 
 
 class Slot:
@@ -273,30 +299,16 @@ class Slot:
 
     def transformed(self, module: nn.Module, sites: Sequence[Site]) -> tuple[Tensor, Tensor | None]:
         """Weight and bias (canonical) after the given sites, computed in float32 and cast back once."""
-        view = self.view
-        weight, bias = view.weight(module), view.bias(module)
-        stored = weight.dtype
-        compute = torch.promote_types(stored, torch.float32)
-        w = weight.to(compute)
-        b = None if bias is None else bias.to(compute)
-        for site in sites:
-            w, b = self._transform(site, module, w, b)
-        return w.to(stored), None if b is None else b.to(stored)
+        return at_once([self._change(s) for s in sites], module, self.view.weight(module), self.view.bias(module))
 
-    def _transform(self, site: Site, module: nn.Module, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        strength = self.switch.strength.get(site.delta, 1.0)
-        bound = site.bound
-        if strength != 1.0 and bound.kind.document.strength:
-            bound, strength = bound.strengthened(strength), 1.0
-        tensors = _cast(site.tensors(), w)
-        ports = bound.ports
-        new_w, new_b = w, b
-        if "bias" in ports:
-            own = w.new_zeros(w.shape[0]) if b is None else b
-            new_b = _blend(own, ports["bias"].fn(module, w, own, *tensors), strength)
-        if "weight" in ports:
-            new_w = _blend(w, ports["weight"].fn(module, w, b, *tensors), strength)
-        return new_w, new_b
+    def merged(self, module: nn.Module, sites: Sequence[Site]) -> tuple[Tensor, Tensor | None]:
+        """The same for good, piece by piece: the bits that a merge from disk to disk gives."""
+        weight, transposed = self.view.weight(module), stored_transposed(self.view.canonical)
+        merging = Merging([self._change(s) for s in sites], weight.shape, transposed=transposed, host=module)
+        return merging.whole(weight, self.view.bias(module))
+
+    def _change(self, site: Site) -> Change:
+        return change_of(site.bound, site.names, site.tensors(), self.switch.strength.get(site.delta, 1.0))
 
 
 @dataclass(kw_only=True)

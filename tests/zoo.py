@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deltahub import kinds
 from deltahub.errors import DeltaHubError
 from deltahub.hosts import view_of
+from deltahub.kinds.fields import MISSING
 
 __all__ = ["CASES", "HOSTS", "Case", "Host", "configs", "fits", "model_of", "randomise"]
 
@@ -121,7 +122,7 @@ def configs(name: str) -> Iterator[dict[str, Any]]:
     document = kinds.get(name).document
     base: dict[str, Any] = {}
     for key, option in document.config.items():
-        if option.default is None:
+        if option.default is MISSING:
             low = option.minimum
             base[key] = {
                 "integer": int(low) if low is not None and low > 2 else 2,
@@ -149,7 +150,7 @@ def fits(name: str, config: Mapping[str, Any], host: Host) -> bool:
         kind.tensors(checked, shape)
     except DeltaHubError:
         return False
-    return view.live_output(module) or kind.mergeable(checked, shape)
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
