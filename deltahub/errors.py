@@ -19,6 +19,7 @@ __all__ = [
     "KindError",
     "ManifestError",
     "PackageError",
+    "SignatureError",
     "TargetError",
     "TensorFileError",
     "UsageError",
@@ -151,6 +152,10 @@ class BackboneError(DeltaHubError):
 
 class HubError(DeltaHubError):
     """A repository cannot be reached, read or written."""
+
+
+class SignatureError(DeltaHubError):
+    """A signature is missing, malformed, made by nobody who is trusted, or made over something else."""
 
 
 class ConverterError(DeltaHubError):

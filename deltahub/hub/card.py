@@ -1,0 +1,265 @@
+"""The model card: metadata that the Hub understands and a page that says what the delta is, from the manifest.
+
+The generated part stands between two HTML comments; what a user wrote before and after them is kept, and so are
+metadata fields that are not ours. Cards are only ever read as text and YAML: nothing in them is rendered or run.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CardDetails", "kind_tag", "render_card", "root_tags", "split_card"]
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from deltahub.errors import HubError, printable
+from deltahub.hub.picture import draw
+
+if TYPE_CHECKING:
+    from deltahub.manifest import Manifest
+    from deltahub.manifest import Source as BackboneSource
+
+BEGIN, END = "<!-- deltahub:begin -->", "<!-- deltahub:end -->"
+_LONGEST_CARD = 1 << 20
+_TAG_DIGITS = 16
+_FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_TASKS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForImageClassification": "image-classification",
+    "StableDiffusionPipeline": "text-to-image",
+    "SentenceTransformer": "sentence-similarity",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CardDetails:
+    """What a manifest does not hold and training knows.
+
+    Attributes:
+        license: an identifier of the Hub's list, e.g. ``apache-2.0``.
+        language: ISO codes.
+        datasets: Hub ids of the training data.
+        metrics: name to value, e.g. ``{"accuracy": 0.91}``.
+        evaluated_on: what the metrics were measured on.
+        summary: a sentence or two for the top of the page.
+        tags: further tags.
+    """
+
+    license: str | None = None
+    language: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    evaluated_on: str | None = None
+    summary: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+def kind_tag(kind: str) -> str:
+    return f"deltahub-kind-{kind}"
+
+
+def root_tags(roots: Mapping[str, str]) -> list[str]:
+    """Short forms of a backbone's roots (``exact``, ``bf16``, ``structure``) by which its deltas are found."""
+    return [f"deltahub-{name}-{root[:_TAG_DIGITS]}" for name, root in roots.items() if root]
+
+
+def render_card(
+    manifest: Manifest,
+    *,
+    repo_id: str,
+    existing: str | None = None,
+    details: CardDetails | None = None,
+    parameters: Mapping[str, int] | None = None,
+) -> str:
+    """The README of a package.
+
+    Args:
+        manifest: the package's.
+        repo_id: where it is published, for the title and the example.
+        existing: the card so far; its own text and metadata are kept.
+        details: what the manifest does not know.
+        parameters: how many numbers each module holds, by module name.
+
+    Raises:
+        HubError: ``E_HUB_CARD`` where the existing card's metadata cannot be read.
+    """
+    details = details or CardDetails()
+    metadata, text = split_card(existing or "")
+    metadata = _merged(metadata, manifest, details)
+    generated = f"{BEGIN}\n{_page(manifest, repo_id, details, parameters or {})}\n{END}"
+    before, found, rest = text.partition(BEGIN)
+    if found and END in rest:
+        text = before + generated + rest.partition(END)[2]
+    elif text.strip():
+        text = f"{text.rstrip()}\n\n{generated}\n"
+    else:
+        text = f"# {_title(repo_id)}\n\n{generated}\n"
+    return f"---\n{_dump(metadata)}---\n\n{text.lstrip()}"
+
+
+def split_card(card: str) -> tuple[dict[str, Any], str]:
+    """A card's metadata and its text.
+
+    Raises:
+        HubError: ``E_HUB_CARD`` for metadata that are not a plain YAML mapping.
+    """
+    import yaml
+
+    if len(card) > _LONGEST_CARD:
+        raise _bad_card(f"{len(card)} characters")
+    match = _FRONT.match(card)
+    if match is None:
+        return {}, card
+    try:
+        # Aliases make a small text mean a huge one; no card needs them.
+        if any(isinstance(token, (yaml.AliasToken, yaml.AnchorToken)) for token in yaml.scan(match[1])):
+            raise _bad_card("it uses anchors")
+        metadata = yaml.safe_load(match[1]) or {}
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise _bad_card(str(error)) from None
+    if not isinstance(metadata, dict):
+        raise _bad_card("it is not a mapping")
+    return metadata, card[match.end() :]
+
+
+def _bad_card(found: str) -> HubError:
+    return HubError(
+        "E_HUB_CARD", "the metadata at the head of README.md cannot be read", where="README.md", found=found
+    )
+
+
+def _dump(metadata: Mapping[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, default_flow_style=False))
+
+
+def _merged(given: Mapping[str, Any], manifest: Manifest, details: CardDetails) -> dict[str, Any]:
+    """Our fields first, then the user's; the user's win where they are a matter of opinion."""
+    ours: dict[str, Any] = {"library_name": "deltahub"}
+    hub_id = _source(manifest).hub or ""
+    if _HUB_ID.fullmatch(hub_id):
+        ours |= {"base_model": hub_id, "base_model_relation": "adapter"}
+    optional: dict[str, Any] = {
+        "license": details.license,
+        "language": list(details.language),
+        "datasets": list(details.datasets),
+        "metrics": list(details.metrics),
+        "pipeline_tag": _task(manifest),
+    }
+    ours |= {key: given.get(key) or value for key, value in optional.items() if given.get(key) or value}
+    kept = [tag for tag in given.get("tags") or [] if isinstance(tag, str) and not tag.startswith("deltahub")]
+    ours["tags"] = list(dict.fromkeys([*_tags(manifest), *details.tags, *kept]))
+    return {**ours, **{key: value for key, value in given.items() if key not in ours}}
+
+
+def _source(manifest: Manifest) -> BackboneSource:
+    from deltahub.manifest import Source as BackboneSource
+
+    return manifest.backbone.source or BackboneSource()
+
+
+def _tags(manifest: Manifest) -> list[str]:
+    kinds = list(dict.fromkeys(module.kind for module in manifest.modules))
+    identity = manifest.backbone.identity
+    roots = {"exact": identity.exact, "bf16": identity.bf16, "structure": identity.structure}
+    return ["deltahub", *map(kind_tag, kinds), *root_tags({name: root or "" for name, root in roots.items()})]
+
+
+def _task(manifest: Manifest) -> str | None:
+    name = _source(manifest).class_ or ""
+    return next((task for suffix, task in _TASKS.items() if name.endswith(suffix)), None)
+
+
+# ---- the page
+
+
+def _title(repo_id: str) -> str:
+    return printable(repo_id.rpartition("/")[2])
+
+
+def _page(manifest: Manifest, repo_id: str, details: CardDetails, parameters: Mapping[str, int]) -> str:
+    source = _source(manifest)
+    kinds = _listed(dict.fromkeys(module.kind for module in manifest.modules))
+    base = f"[`{source.hub}`](https://huggingface.co/{source.hub})" if source.hub else "a backbone"
+    parts = [f"A [DeltaHub](https://pypi.org/project/deltahub/) package: {kinds} for {base}."]
+    if details.summary:
+        parts.insert(0, details.summary)
+    example = f'import deltahub\n\nmodel = deltahub.load("{repo_id}")'
+    parts.append(f"```python\n{example}\n```")
+    parts.append(
+        "This fetches the package and the backbone, checks both, and returns the backbone with the delta in it."
+    )
+    parts.append("## Where it sits\n\n```text\n" + draw(manifest) + "\n```")
+    parts.append(_table(manifest, parameters))
+    parts.append(_numbers(manifest, parameters))
+    parts.append(_identity(manifest))
+    if details.metrics:
+        parts.append(_metrics(details))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _table(manifest: Manifest, parameters: Mapping[str, int]) -> str:
+    lines = ["| module | kind | config | places | numbers |", "|---|---|---|---:|---:|"]
+    for module in manifest.modules:
+        config = ", ".join(f"{key} = {value}" for key, value in module.config.items()) or "none"
+        count = f"{parameters[module.name]:,}" if module.name in parameters else ""
+        cells = (_code(module.name), _code(f"{module.kind} {module.version}"), _cell(config))
+        lines.append(f"| {' | '.join(cells)} | {len(module.paths):,} | {count} |")
+    return "\n".join(lines)
+
+
+def _numbers(manifest: Manifest, parameters: Mapping[str, int]) -> str:
+    size = sum(file.size for file in manifest.files)
+    text = f"{sum(parameters.values()):,} numbers, {_bytes(size)}" if parameters else _bytes(size)
+    backbone = sum(file.size for file in manifest.backbone.files or ())
+    if backbone:
+        text += f"; {100 * size / backbone:.3g} % of the backbone's {_bytes(backbone)}"
+    return text + "."
+
+
+def _identity(manifest: Manifest) -> str:
+    source, identity = _source(manifest), manifest.backbone.identity
+    rows = [("commit", source.commit), ("exact", identity.exact), ("bf16", identity.bf16)]
+    lines = [
+        f"| {name} | `{printable(value)}` |" for name, value in [*rows, ("structure", identity.structure)] if value
+    ]
+    return "## The backbone it belongs to\n\nAnother one is refused.\n\n| | |\n|---|---|\n" + "\n".join(lines)
+
+
+def _metrics(details: CardDetails) -> str:
+    on = f" on {_cell(details.evaluated_on)}" if details.evaluated_on else ""
+    lines = [f"| {_cell(name)} | {value:.4g} |" for name, value in details.metrics.items() if math.isfinite(value)]
+    return f"## Results{on}\n\n| metric | value |\n|---|---:|\n" + "\n".join(lines)
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = [_code(name) for name in names]
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def _cell(value: object) -> str:
+    """Text that cannot leave its cell: no pipes, no line ends, no markup."""
+    text = printable(value).replace("\n", " ").replace("\\", "\\\\")
+    return re.sub(r"([|`<>\[\]*_])", r"\\\1", text)
+
+
+def _code(value: object) -> str:
+    text = printable(value).replace("\n", " ").replace("`", "'").replace("|", "\\|")
+    return f"`{text}`"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}" if unit != "bytes" else f"{count} bytes"
