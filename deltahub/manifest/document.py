@@ -1,8 +1,4 @@
-"""The manifest of a package: a data model that parses strictly, checks itself, and writes itself back.
-
-Members that this version does not know are kept, with their values, wherever they stand, so that a package that was
-rewritten by an older program loses nothing. Members that it knows have exactly the type that is asked for.
-"""
+"""The data model of a manifest: what each member may be, and what they must be together."""
 
 from __future__ import annotations
 
@@ -32,11 +28,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
-from deltahub import targets as _targets
 from deltahub.errors import DeltaHubError, ManifestError, TargetError
-from deltahub.filenames import folded
 from deltahub.limits import DEFAULT, Limits
-from deltahub.manifest_fields import (
+from deltahub.manifest.fields import (
     ClassName,
     Commit,
     Digest,
@@ -55,7 +49,9 @@ from deltahub.manifest_fields import (
     problems_of,
     tidy,
 )
-from deltahub.strict_json import Problem, Step, fail, parse
+from deltahub.manifest.filenames import folded
+from deltahub.manifest.strict_json import Problem, Step, fail, parse
+from deltahub.targets import expand_all
 
 FILE_NAME = "delta.json"
 SPEC_VERSION = "1.0"
@@ -147,7 +143,7 @@ class Module(Model):
         Raises:
             TargetError: as :func:`deltahub.targets.expand_all`; never after :meth:`Manifest.parse`.
         """
-        return tuple(_targets.expand_all(self.targets))
+        return tuple(expand_all(self.targets))
 
 
 class Setting(Model):
@@ -246,7 +242,7 @@ class Manifest(Model):
                 found.append(_twice(("modules", i, "name"), f"two modules are called {module.name!r}"))
             names.add(module.name)
             try:
-                paths = _targets.expand_all(module.targets, limit=left, where=f"modules[{i}].targets")
+                paths = expand_all(module.targets, limit=left, where=f"modules[{i}].targets")
             except TargetError as error:
                 place: tuple[Step, ...] = ("modules", i, "targets", *_indices(error.where))
                 found.append(_problem(place, error))

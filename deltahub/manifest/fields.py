@@ -42,9 +42,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, core_schema
 from typing_extensions import TypeAliasType
 
-from deltahub.filenames import problem_of
 from deltahub.limits import DEFAULT
-from deltahub.strict_json import Problem, Step
+from deltahub.manifest.filenames import problem_of
+from deltahub.manifest.strict_json import Problem, Step
 
 T = TypeVar("T")
 

@@ -1,12 +1,8 @@
-"""Which modules a delta acts on: how authors select them, and how their paths are written into a package.
-
-A package holds exact paths with two abbreviations (:mod:`deltahub.patterns`). Authors may use suffixes, globs, types
-and functions (:func:`select`) because what these select is resolved, shown and stored as paths (:func:`abbreviate`).
-"""
+"""How authors select modules, and how the paths that come of it are abbreviated for a package."""
 
 from __future__ import annotations
 
-__all__ = ["Selector", "abbreviate", "check_path", "expand", "expand_all", "select"]
+__all__ = ["Selector", "abbreviate", "select"]
 
 import difflib
 import itertools
@@ -16,7 +12,7 @@ from typing import Any
 
 from deltahub.errors import TargetError
 from deltahub.limits import DEFAULT
-from deltahub.patterns import check_path, expand, expand_all, multiply, parse
+from deltahub.targets.patterns import check_path, multiply, parse
 
 Selector = str | Callable[[str, Any], bool]
 """A suffix, a glob, ``type:Name``, or a function of (path, module)."""
