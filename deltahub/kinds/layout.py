@@ -50,7 +50,11 @@ class TensorSpec:
 
 def freeze(config: Mapping[str, object]) -> Frozen:
     """A config as a key of a cache."""
-    return tuple((name, type(value), value) for name, value in sorted(config.items()))
+    # No config value is an array or an object: as bytes, which none is either, they can be looked up and are refused.
+    return tuple(
+        (name, type(value), repr(value).encode() if isinstance(value, list | dict) else value)
+        for name, value in sorted(config.items())
+    )
 
 
 def conditions(config: Mapping[str, object], shape: HostShape) -> dict[str, object]:
