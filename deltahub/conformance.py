@@ -8,7 +8,7 @@ is responsible for it and says what came of it.
 
 from __future__ import annotations
 
-__all__ = ["OPERATIONS", "answer", "main"]
+__all__ = ["OPERATIONS", "answer", "kind_of", "main", "shape_of"]
 
 import base64
 import hashlib
@@ -142,7 +142,8 @@ def _tree(request: Request) -> Result:
 # ------------------------------------------------------------------------------------------------------------ kinds
 
 
-def _kind_of(request: Request) -> Kind:
+def kind_of(request: Request) -> Kind:
+    """The kind that a case names, or brings along."""
     from deltahub.kinds import Registry, get
 
     document = request.get("document")
@@ -151,7 +152,8 @@ def _kind_of(request: Request) -> Kind:
     return Registry([document]).get(document["kind"], document["version"])
 
 
-def _shape_of(host: Request) -> HostShape:
+def shape_of(host: Request) -> HostShape:
+    """The facts of the host that a case describes."""
     from deltahub.kinds import HostShape
 
     kernel = tuple(host.get("kernel", ()))
@@ -169,10 +171,10 @@ def _shape_of(host: Request) -> HostShape:
 
 
 def _kind(request: Request) -> Result:
-    kind = _kind_of(request)
+    kind = kind_of(request)
     if "host" not in request:
         return {"name": kind.name, "version": kind.version}
-    config, shape = kind.check_config(request.get("config", {})), _shape_of(request["host"])
+    config, shape = kind.check_config(request.get("config", {})), shape_of(request["host"])
     kind.fits(shape, config)
     specs = kind.tensors(config, shape)
     kind.compile(config, shape)
@@ -235,11 +237,17 @@ class _Host:
     def deltahub_apply(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.view.partial(self.module, type(self.module), x, weight)
 
+    def deltahub_weight(self) -> Tensor:
+        return self.view.weight(self.module)
+
+    def deltahub_bias(self) -> Tensor | None:
+        return self.view.bias(self.module)
+
 
 def _apply(request: Request) -> Result:
     import torch
 
-    kind, shape = _kind_of(request), _shape_of(request["host"])
+    kind, shape = kind_of(request), shape_of(request["host"])
     config = kind.check_config(request["config"])
     given = {name: _tensor(value) for name, value in request.get("tensors", {}).items()}
     kind.fits(shape, config)
@@ -285,7 +293,7 @@ def _attach(model: nn.Module, name: str, delta: Request) -> Any:
 
     parts = []
     for index, module in enumerate(delta["modules"]):
-        kind = _kind_of(module)
+        kind = kind_of(module)
         tensors = {"0": {n: _tensor(t) for n, t in module.get("tensors", {}).items()}}
         removes = tuple(f"0.{parameter}" for parameter in module.get("removes", ()))
         config = kind.check_config(module["config"])

@@ -235,12 +235,12 @@ def algebra() -> list[Row]:
     v3 = np.array([0.5, -0.25, 1.0])
     return [
         ("bmm(x, a)", numbers(2, 2, 3), {"a": numbers(2, 3, 4)}, lambda x, a: x @ a),
-        ("bmm(x, a)", numbers(2, 2, 3), {"a": B}, lambda x, a: x @ a),
+        ("bmm(x, a) * 2", numbers(2, 2, 3), {"a": B}, lambda x, a: x @ a * 2),
         ("kron(x, a)", X, {"a": numbers(2, 2)}, lambda x, a: np.kron(x, a)),
         ("inverse(x)", SPD, {}, np.linalg.inv),
         ("solve(x, a)", SPD, {"a": B}, np.linalg.solve),
         ("diag(x)", C, {}, np.diag),
-        ("diag(x)", X, {}, lambda x: np.stack([np.diag(r) for r in x])),
+        ("diag(x) * 2", X, {}, lambda x: np.stack([2 * np.diag(r) for r in x])),
         ("diagonal(x)", numbers(2, 3, 3), {}, lambda x: np.stack([np.diag(m) for m in x])),
         ("block_diag(x)", numbers(2, 2, 3), {},
          lambda x: np.block([[x[0], np.zeros((2, 3))], [np.zeros((2, 3)), x[1]]])),

@@ -206,7 +206,12 @@ def backbone_vectors() -> dict[Path, str]:
         "layer.0.weight": stored("F32", [[1.0, 2.0], [3.0, 4.0]]),
         "layer.1.weight": stored("F32", [[5.0, 6.0], [7.0, 8.1]]),
     }
-    declared = {"identity": identity(base), "leaves": {"layer.0.weight": leaf(base["layer.0.weight"]).hex()}}
+    touched = base["layer.0.weight"]
+    declared = {
+        "identity": identity(base),
+        "leaves": {"layer.0.weight": leaf(touched).hex()},
+        "leaves_bf16": {"layer.0.weight": leaf(touched, bf16=True).hex()},
+    }
     root = {"identity": identity(base)}
 
     def case(description: str, clause: str, tensors: dict[str, Stored], level: str, result: Any, **more: Any) -> None:
@@ -236,6 +241,7 @@ def backbone_vectors() -> dict[Path, str]:
     case("a quantised copy", "DH-8.4-2", {**base, "layer.0.weight": stored("I8", [[1, 2], [3, 4]])}, "L3", ["layer.0.weight"],
          code=["E_BACKBONE_MISMATCH", "E_BACKBONE_QUANTISED"])
     case("the BF16 copy of an F32 backbone, by its root", "DH-8.4-3", half, "L4", {"equal": "bf16"})
+    case("the BF16 copy of an F32 backbone, by its touched tensors", "DH-8.4-3", half, "L3", {"equal": "bf16"})
     case("the F64 copy of an F32 backbone, by its root", "DH-8.4-3", double, "L4", {"equal": "bf16"})
     case("the BF16 copy with one bit changed", "DH-8.4-3",
          {**half, "embed": ("BF16", (2, 2), b"\1" + half["embed"][2][1:])}, "L4", [])

@@ -164,6 +164,40 @@ def kinds() -> list[dict[str, Any]]:
                     "tensors": {n: tensor(a) for n, a in t.items()},
                     "valid": True, "expect": {"value": tensor(value)}, "tolerance": 1e-5,
                 })  # fmt: skip
+    return [*cases, *on_axes()]
+
+
+def on_axes() -> list[dict[str, Any]]:
+    """Ops that take an axis from the host."""
+    cases = []
+    for name in ("linear", "conv 2d"):
+        host = HOSTS[name]
+        x, w, b = sample(host)
+        assert w is not None
+        y, axis = forward(host, x, w, b), 1 if host["family"] == "conv" else -1
+        t = {"g": numbers(4, seed=80), "h": numbers(host["in"], seed=81), "m": numbers(4, 4, seed=82)}
+        flat = [1] * (w.ndim - 2)
+        last = np.moveaxis(y, axis, -1)
+        normed = np.moveaxis(layer_norm(last) * t["g"], -1, axis)
+        rms = np.moveaxis(last / np.sqrt((last * last).mean(-1, keepdims=True) + 1e-6), -1, axis)
+        for port, text, value in (
+            ("weight", "W * rows(g)", w * t["g"].reshape(-1, 1, *flat)),
+            ("weight", "W * columns(h)", w * t["h"].reshape(1, -1, *flat)),
+            ("bias", "b * g", b * t["g"]),
+            ("output", "y * channel(g)", y * on_channels(host, t["g"])),
+            ("output", "linear(y, m, g)", mixed(host, y, t["m"], t["g"])),
+            ("output", "layer_norm(y, g)", normed),
+            ("output", "rms_norm(y)", rms),
+            ("replace", "base(x) + linear(host(x, W), m)", y + mixed(host, applied(host, x, w), t["m"])),
+        ):
+            given = {"x": x, "y": y} if port == "output" else {"x": x} if port == "replace" else {}
+            doc = document(text, t, port, hosts=["linear", "conv"])
+            cases.append({
+                "description": f"{text}, {name}: {port}", "clause": ["DH-5.5-2", "DH-5.7-1"], "document": doc, "config": {}, "host": host,
+                "port": port, **{n: tensor(a) for n, a in given.items()}, "W": tensor(w), "b": tensor(b),
+                "tensors": {n: tensor(a) for n, a in t.items()},
+                "valid": True, "expect": {"value": tensor(value)}, "tolerance": 1e-5,
+            })  # fmt: skip
     return cases
 
 

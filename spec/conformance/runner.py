@@ -219,7 +219,7 @@ def judge(case: Case, verdict: Any, status: int | None = None) -> Outcome:
         codes = case.body["error_code"]
         if verdict.get("error_code") not in ([codes] if isinstance(codes, str) else codes):
             problem = f"expected {codes}, found {verdict.get('error_code')}: {verdict.get('message', ''):.400}"
-    elif "expect" in case.body:
+    if problem is None and "expect" in case.body:
         problem = differs(case.body["expect"], verdict.get("result"), case.body.get("tolerance", 0.0))
     if problem is None and status is not None and status != (0 if valid else 1):
         problem = f"exit status {status}"
