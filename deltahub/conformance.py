@@ -107,9 +107,7 @@ def _identity(request: Request) -> Result:
 
     with tempfile.TemporaryDirectory() as folder:
         path = _write_backbone(folder, request["tensors"])
-        found = from_files(
-            path, tied=request.get("tied", {}), excluded=tuple(request.get("excluded", ())), cache=False
-        )
+        found = from_files(path, tied=request.get("tied", {}), excluded=tuple(request.get("excluded", ())), cache=False)
         digests = leaves(path, [item["name"] for item in request["tensors"]], cache=False)
     return {
         "exact": found.exact,
@@ -200,7 +198,7 @@ def _module(host: Request, weight: Tensor | None, bias: Tensor | None) -> nn.Mod
     import torch
     from torch import nn
 
-    family, out, biased = host["family"], host.get("out"), bool(host.get("bias", False))
+    family, out, biased = host["family"], int(host.get("out", 0)), bool(host.get("bias", False))
     module: nn.Module
     if family == "linear":
         module = nn.Linear(host["in"], out, bias=biased)
@@ -215,10 +213,11 @@ def _module(host: Request, weight: Tensor | None, bias: Tensor | None) -> nn.Mod
     else:
         return nn.Identity()
     assert weight is not None
+    own = dict(module.named_parameters())
     with torch.no_grad():
-        module.weight.copy_(weight.T if family == "embedding" else weight)  # type: ignore[operator,union-attr]
+        own["weight"].copy_(weight.T if family == "embedding" else weight)
         if bias is not None:
-            module.bias.copy_(bias)  # type: ignore[operator,union-attr]
+            own["bias"].copy_(bias)
     return module
 
 
@@ -284,7 +283,9 @@ def _forward(request: Request) -> Result:
             delta.detach()
         after = model.state_dict()
         same = before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
-        raise _Refused(error, {"unchanged": same and type(model[0]).__mro__[0].__module__.startswith("torch.")}) from None
+        raise _Refused(
+            error, {"unchanged": same and type(model[0]).__mro__[0].__module__.startswith("torch.")}
+        ) from None
 
 
 def _attach(model: nn.Module, name: str, delta: Request) -> Any:

@@ -1,4 +1,4 @@
-"""The vectors are well formed and cover the specification; this implementation passes them; the runner notices who does not."""
+"""The vectors cover the specification, this implementation passes them, and the runner notices who does not."""
 
 from __future__ import annotations
 
@@ -231,10 +231,25 @@ def case(**body: Any) -> Any:
         ({"valid": True, "expect": {"a": [1, 2]}}, {"valid": True, "result": {"a": [1, 2], "b": 3}}, None, "passed"),
         ({"valid": True, "expect": {"a": [1, 2]}}, {"valid": True, "result": {"a": [1]}}, None, "failed"),
         ({"valid": True, "expect": {"a": True}}, {"valid": True, "result": {"a": 1}}, None, "failed"),
-        ({"valid": True, "expect": {"a": 1.0}, "tolerance": 0.1}, {"valid": True, "result": {"a": 1.05}}, None, "passed"),
+        (
+            {"valid": True, "expect": {"a": 1.0}, "tolerance": 0.1},
+            {"valid": True, "result": {"a": 1.05}},
+            None,
+            "passed",
+        ),
         ({"valid": True, "expect": {"a": 1.0}}, {"valid": True, "result": {"a": 1.05}}, None, "failed"),
-        ({"valid": True, "expect": {"a": 1.0}, "tolerance": 1.0}, {"valid": True, "result": {"a": "x"}}, None, "failed"),
-        ({"valid": True, "expect": {"a": 1.0}, "tolerance": 9.0}, {"valid": True, "result": {"a": float("nan")}}, None, "failed"),
+        (
+            {"valid": True, "expect": {"a": 1.0}, "tolerance": 1.0},
+            {"valid": True, "result": {"a": "x"}},
+            None,
+            "failed",
+        ),
+        (
+            {"valid": True, "expect": {"a": 1.0}, "tolerance": 9.0},
+            {"valid": True, "result": {"a": float("nan")}},
+            None,
+            "failed",
+        ),
         ({"valid": True, "expect": {"a": 1}}, {"valid": True, "result": {}}, None, "failed"),
         ({"valid": True, "expect": {"a": 1}}, {"valid": True}, None, "failed"),
         ({"valid": False, "error_code": "E_A"}, {"valid": False, "error_code": "E_A"}, 1, "passed"),
@@ -309,7 +324,10 @@ def test_a_broken_implementation_is_found_out(program: str, says: str) -> None:
 
 def test_an_implementation_that_supports_nothing_is_skipped_and_says_so() -> None:
     done = subprocess.run(
-        [sys.executable, str(FOLDER / "runner.py"), "--only", "identity/tree.json", "--", sys.executable, "-c", "raise SystemExit(2)"],
+        [
+            sys.executable, str(FOLDER / "runner.py"), "--only", "identity/tree.json", "--",
+            sys.executable, "-c", "raise SystemExit(2)",
+        ],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0

@@ -41,6 +41,7 @@ LAYERS = (
     "converters",
     "recipes",
     "demo",
+    "conformance",
     "cli",
 )
 # Beside the stack: what it may import, and nothing else.

@@ -61,7 +61,13 @@ def documents() -> list[dict[str, Any]]:
     ))  # fmt: skip
     good("arithmetic in a shape", "DH-5.3-1", changed(tensors__up__shape=["out", "in // 2 * rank - rank * 2"]) | {"equations": {"output": "y"}},
          {"up": [4, 2]}, **on)  # fmt: skip
-    good("*kernel is nothing on a linear host", "DH-5.3-1", changed(tensors__down__shape=["rank", "in", "*kernel"]), {"down": [2, 6]}, **on)
+    good(
+        "*kernel is nothing on a linear host",
+        "DH-5.3-1",
+        changed(tensors__down__shape=["rank", "in", "*kernel"]),
+        {"down": [2, 6]},
+        **on,
+    )
     good("*weight", "DH-5.3-1", changed(tensors__whole={"shape": ["*weight"]}), {"whole": [4, 6]}, **on)
     good("a tensor whose condition does not hold is absent", "DH-5.3-2",
          changed(tensors__add={"shape": ["out"], "when": {"bias": False}}, equations__output="y + linear(host(x, down), up, add)"),
@@ -81,12 +87,50 @@ def documents() -> list[dict[str, Any]]:
     ):  # fmt: skip
         shown = "absent" if value is MISSING else repr(value)
         bad(f"{path.replace('__', '.')} is {shown}", "DH-5.1-1", [DOCUMENT, SYNTAX, NAME, OP], changed(**{path: value}))
-    for name in ("Gate", "1gate", "com.example.", ".gate", "com..gate", "com example", "gäte", "os/path", "-gate", "a" * 65):
+    for name in (
+        "Gate",
+        "1gate",
+        "com.example.",
+        ".gate",
+        "com..gate",
+        "com example",
+        "gäte",
+        "os/path",
+        "-gate",
+        "a" * 65,
+    ):
         bad(f"a kind called {name[:20]!r}", "DH-5.1-3", [DOCUMENT, NAME], changed(kind=name))
-    for name in ("X", "1a", "_a", "a-b", "x", "y", "host", "base", "out", "in", "d_in", "for", "lambda", "grid", "a" * 33, "é"):
-        bad(f"a tensor called {name!r}", "DH-5.2-2", NAME, {**PLAIN, "tensors": {**PLAIN["tensors"], name: {"shape": [1]}}})
+    for name in (
+        "X",
+        "1a",
+        "_a",
+        "a-b",
+        "x",
+        "y",
+        "host",
+        "base",
+        "out",
+        "in",
+        "d_in",
+        "for",
+        "lambda",
+        "grid",
+        "a" * 33,
+        "é",
+    ):
+        bad(
+            f"a tensor called {name!r}",
+            "DH-5.2-2",
+            NAME,
+            {**PLAIN, "tensors": {**PLAIN["tensors"], name: {"shape": [1]}}},
+        )
     for name in ("bias", "family", "grouped", "down", "x"):
-        bad(f"a config value called {name!r}", "DH-5.2-2", NAME, {**PLAIN, "config": {**PLAIN["config"], name: {"type": "integer"}}})
+        bad(
+            f"a config value called {name!r}",
+            "DH-5.2-2",
+            NAME,
+            {**PLAIN, "config": {**PLAIN["config"], name: {"type": "integer"}}},
+        )
     for path, value in (
         ("config__scale__default", "1"), ("config__rank__default", 0), ("config__how", {"type": "string", "enum": ["a"], "default": "b"}),
         ("config__how", {"type": "integer", "minimum": 2, "enum": [1]}), ("tensors__up__when", {"rank": "two"}), ("tensors__up__when", {"rank": []}),
@@ -98,26 +142,76 @@ def documents() -> list[dict[str, Any]]:
         bad(f"the config {config}", ["DH-5.2-1", "DH-4.4-4"], CONFIG, PLAIN, config=config, host=HOST)
     good("an integer for a number", "DH-5.2-1", PLAIN, {"down": [2, 6]}, config={"rank": 2, "scale": 3}, host=HOST)
     for shape in ([0], [-1], ["rank - 2"], ["rank / 3"], ["in - 6"]):
-        bad(f"the shape {shape}", "DH-5.3-1", [SHAPE, DOCUMENT, NUMBER, TENSOR, LIMIT], changed(tensors__add={"shape": shape}), **on)
+        bad(
+            f"the shape {shape}",
+            "DH-5.3-1",
+            [SHAPE, DOCUMENT, NUMBER, TENSOR, LIMIT],
+            changed(tensors__add={"shape": shape}),
+            **on,
+        )
     for shape in ([1.5], [None], [[1]], ["size"], ["len(in)"], ["in.shape"], [1] * 9, ["__import__"]):
         bad(f"the shape {shape}", "DH-5.3-1", [DOCUMENT, NAME, OP, SYNTAX], changed(tensors__add={"shape": shape}))
     for dtype in ("F32", "double", "float64", "object", ""):
         bad(f"the dtype {dtype!r}", "DH-5.3-3", DOCUMENT, changed(tensors__up__dtype=dtype))
-    bad("integers that are trainable", "DH-5.3-3", DOCUMENT, changed(tensors__up={"shape": [1], "dtype": "int64", "trainable": True}))
+    bad(
+        "integers that are trainable",
+        "DH-5.3-3",
+        DOCUMENT,
+        changed(tensors__up={"shape": [1], "dtype": "int64", "trainable": True}),
+    )
     for port in ("outputs", "forward", "kv2", "Output"):
         bad(f"an equation for {port}", "DH-5.4-1", DOCUMENT, {**PLAIN, "equations": {port: "x"}})
     bad("host in a weight equation", "DH-5.4-1", OP, changed(equations={"weight": "host(W, down)"}))
     bad("base in an output equation", "DH-5.4-1", OP, changed(equations={"output": "base(x)"}))
-    for port, text in (("output", "y[0]"), ("input", "cat(x, x)"), ("weight", "up"), ("bias", "W"), ("replace", "x"), ("output", "up")):
+    for port, text in (
+        ("output", "y[0]"),
+        ("input", "cat(x, x)"),
+        ("weight", "up"),
+        ("bias", "W"),
+        ("replace", "x"),
+        ("output", "up"),
+    ):
         bad(f"a value of the wrong shape: {port} = {text}", "DH-5.4-2", SHAPE, changed(equations={port: text}), **on)
     when = [{"when": {"twice": True}, "expr": "y + y"}, {"when": {"rank": [2, 3]}, "expr": "y"}]
     choice = changed(config__twice={"type": "boolean", "default": False}, equations={"output": when})
     good("a case that holds", "DH-5.4-3", choice, **on)
-    bad("no case holds, and there is no other port", ["DH-5.4-3", "DH-5.5-1"], UNFIT, choice, config={"rank": 4}, host=HOST)
-    bad("a family that is not among the hosts", "DH-5.5-1", UNFIT, PLAIN, config={"rank": 2}, host={"family": "norm", "in": 4, "out": 4, "bias": True})
+    bad(
+        "no case holds, and there is no other port",
+        ["DH-5.4-3", "DH-5.5-1"],
+        UNFIT,
+        choice,
+        config={"rank": 4},
+        host=HOST,
+    )
+    bad(
+        "a family that is not among the hosts",
+        "DH-5.5-1",
+        UNFIT,
+        PLAIN,
+        config={"rank": 2},
+        host={"family": "norm", "in": 4, "out": 4, "bias": True},
+    )
     bad("a result of a thousand million elements", ["DH-5.6-5", "DH-10-1"], [LIMIT, SHAPE],
         changed(equations={"output": "y + sum(zeros((1000, 1000, 1000), like=y), (0, 1, 2))"}), **on)  # fmt: skip
-    bad("a hundred thousand rounds", ["DH-5.6-5", "DH-10-1"], LIMIT, changed(equations={"output": "sum(y * i for i in range(100000))"}), **on)
-    bad("a loop over a tensor's values", "DH-5.6-4", [SYNTAX, NUMBER, NAME, OP, SHAPE], changed(equations={"output": "sum(y for i in range(up))"}), **on)
-    bad("an index that is a tensor", "DH-5.6-4", [SYNTAX, NUMBER, NAME, OP, SHAPE], changed(equations={"output": "y[up]"}), **on)
+    bad(
+        "a hundred thousand rounds",
+        ["DH-5.6-5", "DH-10-1"],
+        LIMIT,
+        changed(equations={"output": "sum(y * i for i in range(100000))"}),
+        **on,
+    )
+    bad(
+        "a loop over a tensor's values",
+        "DH-5.6-4",
+        [SYNTAX, NUMBER, NAME, OP, SHAPE],
+        changed(equations={"output": "sum(y for i in range(up))"}),
+        **on,
+    )
+    bad(
+        "an index that is a tensor",
+        "DH-5.6-4",
+        [SYNTAX, NUMBER, NAME, OP, SHAPE],
+        changed(equations={"output": "y[up]"}),
+        **on,
+    )
     return cases

@@ -17,11 +17,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import composition
 import documents
 import expressions
 import hosts
 import numpy as np
 import packages
+import refusals
 
 __all__ = ["dump", "main"]
 
@@ -138,34 +140,59 @@ def identity_vectors() -> dict[Path, str]:
         kept = [n for n in tensors if n not in more.get("tied", {}) and n not in more.get("excluded", ())]
         expect["leaves"] = {n: leaf(tensors[n]).hex() for n in kept[:8]}
         cases.append(
-            {"description": description, "clause": clause, "tensors": listed(tensors), **more, "valid": True, "expect": expect}
+            {
+                "description": description,
+                "clause": clause,
+                "tensors": listed(tensors),
+                **more,
+                "valid": True,
+                "expect": expect,
+            }
         )
 
     nan = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF, 0x7F800000, 0xFF800000], "<u4").view("<f4")
     master = {"w": stored("F32", HARD), "n": stored("F32", [1.5, -2.25])}
     half = {n: ("BF16", s, to_bf16(d, b)) for n, (d, s, b) in master.items()}
-    again = {
-        n: ("F32", s, (np.frombuffer(b, "<u2").astype("<u4") << 16).tobytes()) for n, (_, s, b) in half.items()
-    }
-    case("three tensors of different ranks, one without elements", ["DH-8.1-1", "DH-8.2-1", "DH-8.2-2", "DH-8.2-3"], golden())
+    again = {n: ("F32", s, (np.frombuffer(b, "<u2").astype("<u4") << 16).tobytes()) for n, (_, s, b) in half.items()}
+    case(
+        "three tensors of different ranks, one without elements",
+        ["DH-8.1-1", "DH-8.2-1", "DH-8.2-2", "DH-8.2-3"],
+        golden(),
+    )
     case("the same, given in another order", "DH-8.2-1", dict(reversed(golden().items())))
     case("no tensors", "DH-8.2-1", {})
     case("one tensor", "DH-8.2-1", {"a": stored("U8", [1, 2, 3])})
     for n in (2, 3, 4, 5, 7, 8, 9):
         case(f"{n} tensors", "DH-8.2-1", {f"layer.{i}": stored("U8", [i]) for i in range(n)})
-    case("names are sorted by their bytes, not as text or numbers", "DH-8.2-1",
-         {n: stored("U8", [i]) for i, n in enumerate(["b", "B", "a.10", "a.2", "é", "e\u0301", "\uff21", "\U0001f600"])})
-    case("equal bytes of different dtypes and shapes have different leaves", "DH-8.1-1",
-         {"a": stored("U8", [0, 0, 0, 0]), "b": stored("I8", [0, 0, 0, 0]), "c": stored("F32", 0.0), "d": stored("U8", [[0, 0], [0, 0]])})
-    case("renamed and tied tensors share a leaf, and bytes never imply a tie", ["DH-8.1-1", "DH-8.3-3"],
-         {"a": stored("F32", [1.0, 1.0]), "b": stored("F32", [1.0, 1.0])})
+    case(
+        "names are sorted by their bytes, not as text or numbers",
+        "DH-8.2-1",
+        {n: stored("U8", [i]) for i, n in enumerate(["b", "B", "a.10", "a.2", "é", "e\u0301", "\uff21", "\U0001f600"])},
+    )
+    case(
+        "equal bytes of different dtypes and shapes have different leaves",
+        "DH-8.1-1",
+        {
+            "a": stored("U8", [0, 0, 0, 0]),
+            "b": stored("I8", [0, 0, 0, 0]),
+            "c": stored("F32", 0.0),
+            "d": stored("U8", [[0, 0], [0, 0]]),
+        },
+    )
+    case(
+        "renamed and tied tensors share a leaf, and bytes never imply a tie",
+        ["DH-8.1-1", "DH-8.3-3"],
+        {"a": stored("F32", [1.0, 1.0]), "b": stored("F32", [1.0, 1.0])},
+    )
     case("F32 into BF16: ties, overflow, denormals", "DH-8.1-2", master)
     case("its BF16 copy has the same bf16 root", "DH-8.1-2", half)
     case("the F32 copy of that has it too", "DH-8.1-2", again)
     case("NaN of every sort becomes 7FC0; infinities stay", "DH-8.1-2", {"w": stored("F32", nan)})
     case("F16 goes through F32", "DH-8.1-2", {"w": stored("F16", [0.1, 65504.0, 6e-8, -1.5])})
     case("F64 goes through F32", "DH-8.1-2", {"w": stored("F64", [0.1, 1e300, 1.00390625000001, 1e-300])})
-    case("integers stay as they are in bf16 mode", "DH-8.1-2", {"w": stored("I64", [1, -1]), "b": stored("BOOL", [0, 1])})
+    case(
+        "integers stay as they are in bf16 mode", "DH-8.1-2", {"w": stored("I64", [1, -1]), "b": stored("BOOL", [0, 1])}
+    )
     two = {"embed": stored("F32", [[1.0, 2.0]]), "head": stored("F32", [[1.0, 2.0]])}
     case("a tied alias that is there is left out", "DH-8.3-1", two, tied={"head": "embed"})
     case("a tied alias that is not there changes nothing", "DH-8.3-1", {"embed": two["embed"]}, tied={"head": "embed"})
@@ -224,7 +251,10 @@ def backbone_vectors() -> dict[Path, str]:
         body = {"declared": said, "tensors": listed(tensors), "level": level}
         cases.append({"description": description, "clause": clause, **body, **outcome})
 
-    flipped = {**base, "layer.0.weight": ("F32", (2, 2), bytes([base["layer.0.weight"][2][0] ^ 1]) + base["layer.0.weight"][2][1:])}
+    flipped = {
+        **base,
+        "layer.0.weight": ("F32", (2, 2), bytes([base["layer.0.weight"][2][0] ^ 1]) + base["layer.0.weight"][2][1:]),
+    }
     other = {**base, "embed": stored("F32", [[0.5, -1.25], [3.0, 0.25]])}
     half = {n: ("BF16", s, to_bf16(d, b)) for n, (d, s, b) in base.items()}
     double = {n: ("F64", s, np.frombuffer(b, "<f4").astype("<f8").tobytes()) for n, (d, s, b) in base.items()}
@@ -235,19 +265,49 @@ def backbone_vectors() -> dict[Path, str]:
     case("another value in a tensor that is not touched passes L3", "DH-8.4-1", other, "L3", {"equal": "exact"})
     case("another value in a tensor that is not touched, seen by L4", "DH-8.4-2", other, "L4", [])
     case("without leaves, L4 takes the place of L3", "DH-8.4-1", other, "L3", [], declared=root)
-    case("a tensor is missing", "DH-8.4-2", {n: t for n, t in base.items() if n != "layer.0.weight"}, "L3", ["layer.0.weight"])
+    case(
+        "a tensor is missing",
+        "DH-8.4-2",
+        {n: t for n, t in base.items() if n != "layer.0.weight"},
+        "L3",
+        ["layer.0.weight"],
+    )
     case("a tensor more", "DH-8.4-2", {**base, "more": stored("U8", [1])}, "L2", [])
-    case("another shape", "DH-8.4-2", {**base, "layer.0.weight": stored("F32", [[1.0, 2.0, 3.0, 4.0]])}, "L3", ["layer.0.weight"])
-    case("a quantised copy", "DH-8.4-2", {**base, "layer.0.weight": stored("I8", [[1, 2], [3, 4]])}, "L3", ["layer.0.weight"],
-         code=["E_BACKBONE_MISMATCH", "E_BACKBONE_QUANTISED"])
+    case(
+        "another shape",
+        "DH-8.4-2",
+        {**base, "layer.0.weight": stored("F32", [[1.0, 2.0, 3.0, 4.0]])},
+        "L3",
+        ["layer.0.weight"],
+    )
+    case(
+        "a quantised copy",
+        "DH-8.4-2",
+        {**base, "layer.0.weight": stored("I8", [[1, 2], [3, 4]])},
+        "L3",
+        ["layer.0.weight"],
+        code=["E_BACKBONE_MISMATCH", "E_BACKBONE_QUANTISED"],
+    )
     case("the BF16 copy of an F32 backbone, by its root", "DH-8.4-3", half, "L4", {"equal": "bf16"})
     case("the BF16 copy of an F32 backbone, by its touched tensors", "DH-8.4-3", half, "L3", {"equal": "bf16"})
     case("the F64 copy of an F32 backbone, by its root", "DH-8.4-3", double, "L4", {"equal": "bf16"})
-    case("the BF16 copy with one bit changed", "DH-8.4-3",
-         {**half, "embed": ("BF16", (2, 2), b"\1" + half["embed"][2][1:])}, "L4", [])
+    case(
+        "the BF16 copy with one bit changed",
+        "DH-8.4-3",
+        {**half, "embed": ("BF16", (2, 2), b"\1" + half["embed"][2][1:])},
+        "L4",
+        [],
+    )
     small = {**base, "layer.0.weight": stored("I8", [[1, 2], [3, 4]]), "layer.0.scale": stored("F32", [0.5])}
     listed_root = {**root, "compatible": [{"root": identity(small)["exact"], "relation": "quantised", "method": "awq"}]}
-    case("a quantised backbone that the producer lists as compatible", "DH-8.4-4", small, "L4", {"equal": "compatible"}, declared=listed_root)
+    case(
+        "a quantised backbone that the producer lists as compatible",
+        "DH-8.4-4",
+        small,
+        "L4",
+        {"equal": "compatible"},
+        declared=listed_root,
+    )
     case("a backbone that is neither it nor listed", "DH-8.4-4", flipped, "L4", [], declared=listed_root)
     return write("identity/backbone.json", "backbone", "a declared identity against the tensors of a backbone", cases)
 
@@ -255,11 +315,15 @@ def backbone_vectors() -> dict[Path, str]:
 def numeric_vectors() -> dict[Path, str]:
     return {
         **write("expression/valid.json", "apply", "programs, and what they compute", expressions.valid()),
-        **write("expression/invalid.json", "kind", "programs that a reader refuses", expressions.invalid()),
-        **write("kinds/documents.json", "kind", "kind documents that a reader accepts or refuses", documents.documents()),
+        **write("expression/invalid.json", "kind", "programs that a reader refuses", refusals.refusals()),
+        **write(
+            "kinds/documents.json", "kind", "kind documents that a reader accepts or refuses", documents.documents()
+        ),
         **write("packages/packages.json", "package", "packages, sound and hostile", packages.packages()),
         **write("kinds/builtin.json", "apply", "the built-in kinds on every family of hosts", hosts.kinds()),
-        **write("composition/forward.json", "forward", "deltas on one host, live and merged", hosts.compositions()),
+        **write(
+            "composition/forward.json", "forward", "deltas on one host, live and merged", composition.compositions()
+        ),
     }
 
 

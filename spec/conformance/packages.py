@@ -56,7 +56,10 @@ def manifest(*files: dict[str, Any], **changes: Any) -> dict[str, Any]:
 def packed(tensors: Tensors = LORA, **changes: Any) -> dict[str, Any]:
     """A package of one tensor file."""
     data = st(tensors)
-    return {"delta.json": {"json": manifest(listed("delta.safetensors", data), **changes)}, "delta.safetensors": raw(data)}
+    return {
+        "delta.json": {"json": manifest(listed("delta.safetensors", data), **changes)},
+        "delta.safetensors": raw(data),
+    }
 
 
 def bias_of(dtype: str, data: bytes, shape: tuple[int, ...] = (4,)) -> dict[str, Any]:
@@ -90,10 +93,20 @@ def packages() -> list[dict[str, Any]]:
         "notes/a.txt": "a", "pipe": {"fifo": True}, "loop": {"symlink": "loop"}, "away": {"symlink": "{outside}/secret"},
         "huge.safetensors": {"sparse": 1 << 40}, "folder.safetensors": {"directory": True},
     }.items():  # fmt: skip
-        good(f"a file that nobody listed: {name}", "DH-3.1-3", {**sound, name: content}, {"tensors": sorted(LORA)}, outside={"secret": "x"})
+        good(
+            f"a file that nobody listed: {name}",
+            "DH-3.1-3",
+            {**sound, name: content},
+            {"tensors": sorted(LORA)},
+            outside={"secret": "x"},
+        )
     good("a file in a folder", "DH-3.1-4",
          {"delta.json": {"json": manifest(listed("parts/delta.safetensors", data))}, "parts/delta.safetensors": raw(data)})  # fmt: skip
-    good("a link within the package", "DH-3.1-5", {**sound, "delta.safetensors": {"symlink": "real.safetensors"}, "real.safetensors": raw(data)})
+    good(
+        "a link within the package",
+        "DH-3.1-5",
+        {**sound, "delta.safetensors": {"symlink": "real.safetensors"}, "real.safetensors": raw(data)},
+    )
     probe = st({"inputs/x": f32(1, 6), "outputs/y": f32(1, 4)})
     good("a probe's tensors are no part of the delta", ["DH-4.7-1", "DH-7.2-1"],
          {**packed(), "delta.json": {"json": manifest(entry, listed("probe.safetensors", probe),
@@ -107,7 +120,11 @@ def packages() -> list[dict[str, Any]]:
     own = {"kind": "com.example.gate", "version": 1, "hosts": ["linear"], "tensors": {"gate": {"shape": ["out"]}},
            "equations": {"output": "y * channel(gate)"}}  # fmt: skip
     gate = {"name": "g", "kind": "com.example.gate", "version": 1, "config": {}, "targets": ["l.0.q"]}
-    good("a kind that travels with the package", ["DH-4.4-3", "DH-9-7"], packed({"g/l.0.q/gate": f32(4)}, modules=[gate], kinds=[own]))
+    good(
+        "a kind that travels with the package",
+        ["DH-4.4-3", "DH-9-7"],
+        packed({"g/l.0.q/gate": f32(4)}, modules=[gate], kinds=[own]),
+    )
 
     size, sha = "E_TENSORS_SIZE", "E_TENSORS_SHA256"
     gone = ["E_PACKAGE_MISSING", "E_TENSORS_MISSING"]
@@ -117,16 +134,30 @@ def packages() -> list[dict[str, Any]]:
     bad("a pipe called delta.json", ["DH-3.1-1", "DH-3.1-4"], odd, {**sound, "delta.json": {"fifo": True}})
     bad("a manifest of 1 TB", ["DH-3.1-2", "DH-10-1"], "E_MANIFEST_SIZE", {**sound, "delta.json": {"sparse": 1 << 40}})
     bad("a listed file is missing", "DH-3.1-4", gone, {"delta.json": sound["delta.json"]})
-    for what, content in (("a folder", {"directory": True}), ("a pipe", {"fifo": True}), ("a loop of links", {"symlink": "delta.safetensors"})):
+    for what, content in (
+        ("a folder", {"directory": True}),
+        ("a pipe", {"fifo": True}),
+        ("a loop of links", {"symlink": "delta.safetensors"}),
+    ):
         bad(f"a listed file is {what}", "DH-3.1-4", odd, {**sound, "delta.safetensors": content})
     for where in ("{outside}/delta.safetensors", "../outside/delta.safetensors"):
         bad(f"a link out of the package: {where}", "DH-3.1-5", ["E_PACKAGE_OUTSIDE", *odd],
             {**sound, "delta.safetensors": {"symlink": where}}, outside={"delta.safetensors": raw(data)})  # fmt: skip
-    bad("a link to a device", ["DH-3.1-4", "DH-3.1-5"], ["E_PACKAGE_OUTSIDE", *odd], {**sound, "delta.safetensors": {"symlink": "/dev/zero"}})
+    bad(
+        "a link to a device",
+        ["DH-3.1-4", "DH-3.1-5"],
+        ["E_PACKAGE_OUTSIDE", *odd],
+        {**sound, "delta.safetensors": {"symlink": "/dev/zero"}},
+    )
     bad("a byte less than listed", "DH-3.1-6", size, {**sound, "delta.safetensors": raw(data[:-1])})
     bad("a byte more than listed", "DH-3.1-6", size, {**sound, "delta.safetensors": raw(data + b"\0")})
     bad("one bit changed", "DH-3.1-6", sha, {**sound, "delta.safetensors": raw(data[:-1] + bytes([data[-1] ^ 1]))})
-    bad("one bit of the header changed", "DH-3.1-6", sha, {**sound, "delta.safetensors": raw(data.replace(b"F32", b"F16", 1))})
+    bad(
+        "one bit of the header changed",
+        "DH-3.1-6",
+        sha,
+        {**sound, "delta.safetensors": raw(data.replace(b"F32", b"F16", 1))},
+    )
     bad("a terabyte of nothing", ["DH-3.1-6", "DH-10-1"], size, {**sound, "delta.safetensors": {"sparse": 1 << 40}})
     pickled = b"\x80\x04\x95\x1a\0\0\0\0\0\0\0\x8c\x05posix\x8c\x06system\x93."
     bad("a pickle called .safetensors", "DH-7.1-1", ["E_TENSORS_NOT_SAFETENSORS", "E_TENSORS_HEADER_LENGTH"],
@@ -135,27 +166,67 @@ def packages() -> list[dict[str, Any]]:
     broken["modules"][0]["kind"] = "no-such-kind"
     for what, content in (("missing", None), ("a pipe", {"fifo": True}), ("altered", raw(b"x"))):
         files = {"delta.json": {"json": broken}, **({} if content is None else {"delta.safetensors": content})}
-        bad(f"the manifest comes first: unknown kind, and its tensor file is {what}", "DH-11-1", "E_KIND_UNKNOWN", files)
+        bad(
+            f"the manifest comes first: unknown kind, and its tensor file is {what}", "DH-11-1", "E_KIND_UNKNOWN", files
+        )
     nan = packed({**LORA, "m/l.0.q/up": f32(4, 2, value=float("nan"))})
     bad("digests come before contents", "DH-11-1", sha,
         {**nan, "delta.safetensors": raw(base64.b64decode(nan["delta.safetensors"]["base64"])[:-1] + b"\1")})  # fmt: skip
     unknown = ["E_PACKAGE_TENSORS", "E_KIND_TENSOR"]
     less = {n: t for n, t in LORA.items() if n != "m/l.1.q/up"}
     bad("a tensor is missing", "DH-7.2-1", unknown, packed(less))
-    bad("all tensors of a target are missing", "DH-7.2-1", unknown, packed({n: t for n, t in LORA.items() if "l.1" not in n}))
-    for name in ("m/l.0.q/extra", "m/l.2.q/up", "n/l.0.q/up", "up", "m/l.0.q", "m//up", "m/l.0.q/up/up", "base_model.model.l.0.q.lora_A.weight"):
+    bad(
+        "all tensors of a target are missing",
+        "DH-7.2-1",
+        unknown,
+        packed({n: t for n, t in LORA.items() if "l.1" not in n}),
+    )
+    for name in (
+        "m/l.0.q/extra",
+        "m/l.2.q/up",
+        "n/l.0.q/up",
+        "up",
+        "m/l.0.q",
+        "m//up",
+        "m/l.0.q/up/up",
+        "base_model.model.l.0.q.lora_A.weight",
+    ):
         bad(f"a tensor that nothing uses: {name}", "DH-7.2-1", unknown, packed({**LORA, name: f32(1)}))
     twice = {"a.safetensors": st(LORA), "b.safetensors": st({"m/l.0.q/up": f32(4, 2)})}
     bad("a tensor in two files", "DH-7.2-1", unknown,
         {"delta.json": {"json": manifest(*(listed(n, d) for n, d in twice.items()))}, **{n: raw(d) for n, d in twice.items()}})  # fmt: skip
     wrong = ["E_KIND_SHAPE", "E_KIND_TENSOR", "E_PACKAGE_TENSORS"]
-    for name, shape in (("down", (3, 6)), ("down", (12,)), ("up", (2, 4)), ("up", (4, 2, 1)), ("up", ()), ("down", (1, 6))):
+    for name, shape in (
+        ("down", (3, 6)),
+        ("down", (12,)),
+        ("up", (2, 4)),
+        ("up", (4, 2, 1)),
+        ("up", ()),
+        ("down", (1, 6)),
+    ):
         bad(f"{name} of the shape {list(shape)}", "DH-7.2-2", wrong, packed({**LORA, f"m/l.0.q/{name}": f32(*shape)}))
     million = [{**MODULE, "config": {"rank": 1_000_000}}]
     bad("a rank beyond the kind's bounds", "DH-7.2-4", "E_KIND_CONFIG", packed(modules=million))
-    bad("a rank of 65536 with a file of a kilobyte", ["DH-7.2-4", "DH-10-1"], wrong, packed(modules=[{**MODULE, "config": {"rank": 65536}}]))
+    bad(
+        "a rank of 65536 with a file of a kilobyte",
+        ["DH-7.2-4", "DH-10-1"],
+        wrong,
+        packed(modules=[{**MODULE, "config": {"rank": 65536}}]),
+    )
     for dtype, width in (("I64", 8), ("I8", 1), ("U8", 1), ("BOOL", 1), ("C64", 8), ("F8_E4M3", 1)):
         bad(f"{dtype} for a float", "DH-7.2-3", ["E_KIND_DTYPE", *wrong], bias_of(dtype, b"\0" * 4 * width))
-    for dtype, bits in (("F32", b"\0\0\xc0\x7f"), ("F32", b"\0\0\x80\x7f"), ("F32", b"\0\0\x80\xff"), ("BF16", b"\xc0\x7f"), ("F16", b"\0\x7c"), ("F64", b"\0\0\0\0\0\0\xf0\x7f")):
-        bad(f"a value that is not finite: {dtype} {bits[::-1].hex()}", "DH-7.2-5", "E_PACKAGE_VALUES", bias_of(dtype, bits * 4))
+    for dtype, bits in (
+        ("F32", b"\0\0\xc0\x7f"),
+        ("F32", b"\0\0\x80\x7f"),
+        ("F32", b"\0\0\x80\xff"),
+        ("BF16", b"\xc0\x7f"),
+        ("F16", b"\0\x7c"),
+        ("F64", b"\0\0\0\0\0\0\xf0\x7f"),
+    ):
+        bad(
+            f"a value that is not finite: {dtype} {bits[::-1].hex()}",
+            "DH-7.2-5",
+            "E_PACKAGE_VALUES",
+            bias_of(dtype, bits * 4),
+        )
     return cases
