@@ -1,0 +1,201 @@
+"""The command line: what it prints, as text and as JSON, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import deltahub
+from deltahub.cli import app
+from deltahub.testing import LoopbackHub
+
+Maker = Callable[..., Path]
+VERBS = ("kinds", "inspect", "verify", "fingerprint", "pull", "push", "search")
+
+
+def run(*args: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def run_json(*args: object, code: int = 0) -> Any:
+    return json.loads(run(*args, "--json", code=code).stdout)
+
+
+def test_help_lists_the_verbs() -> None:
+    output = run("--help").stdout
+    assert all(verb in output for verb in VERBS)
+    for verb in VERBS:
+        assert "--json" in run(verb, "--help").stdout
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"{deltahub.__version__}\n"
+
+
+def test_nothing_asked() -> None:
+    assert "Usage" in run(code=2).output
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["kindz"], "Did you mean 'kinds'?"),
+        (["pull", "--revisoin", "x", "y"], "--revision"),
+        (["pull"], "Missing argument"),
+        (["search", "--limit", "0"], "greater than or equal to 1"),
+    ],
+)
+def test_usage_errors(args: list[str], says: str) -> None:
+    result = run(*args, code=2)
+    assert says in result.stderr
+    assert result.stdout == ""
+
+
+def test_kinds() -> None:
+    assert {"lora", "bias", "assign", "adapter", "diff"} <= {
+        line.split()[0] for line in run("kinds").stdout.splitlines()
+    }
+    listed = {entry["kind"]: entry for entry in run_json("kinds")}
+    assert listed["lora"]["reference"] == "arXiv:2106.09685"
+    assert run_json("kinds", "lora")["kind"] == "lora"
+    assert 'kind = "lora"' in run("kinds", "lora").stdout
+
+
+def test_an_error_is_text_and_no_traceback() -> None:
+    result = run("kinds", "loar", code=1)
+    assert result.stdout == ""
+    assert result.stderr.startswith("[E_KIND_UNKNOWN]")
+    assert "Traceback" not in result.stderr
+
+
+def test_an_error_as_json() -> None:
+    error = run_json("kinds", "loar", code=1)["error"]
+    assert error["code"] == "E_KIND_UNKNOWN"
+    assert set(error) == {"code", "what", "where", "expected", "found", "hint", "also"}
+
+
+def test_inspect(make_package: Maker) -> None:
+    folder = make_package(rank=4, size=8)
+    found = run_json("inspect", folder)
+    assert found["backbone"]["source"]["hub"] == "org/base"
+    assert found["parameters"] == 2 * (4 * 8 + 8 * 4)
+    assert found["modules"] == [
+        {
+            "name": "attention",
+            "kind": "lora",
+            "version": 1,
+            "brought": False,
+            "config": {"rank": 4, "scale": 2.0},
+            "targets": ["layer.{0..1}.query"],
+            "sites": 2,
+            "parameters": 128,
+            "size": 512,
+        }
+    ]
+    lines = run("inspect", folder).stdout.splitlines()
+    assert "backbone    org/base@000000000000 transformers.BertModel" in lines
+    assert lines[-1].split() == ["attention", "lora@1", "2", "128", "layer.{0..1}.query"]
+    assert deltahub.inspect(folder).parameters == 128
+
+
+def test_inspect_shows_settings_and_own_kinds(make_package: Maker) -> None:
+    folder = make_package()
+    path = folder / "delta.json"
+    manifest = json.loads(path.read_text())
+    lora = run_json("kinds", "bias")
+    manifest["kinds"] = [lora | {"kind": "com.example.mine"}]
+    manifest["modules"][0] |= {"kind": "com.example.mine", "config": {}}
+    manifest["settings"] = [{"on": "config", "path": "num_labels", "was": 2, "value": 3}]
+    path.write_text(json.dumps(manifest))
+    output = run("inspect", folder).stdout
+    assert "own kinds   com.example.mine@1 (data in the package; no code)" in output
+    assert "setting     config.num_labels: 2 becomes 3" in output
+
+
+def test_names_are_escaped(make_package: Maker) -> None:
+    """A package cannot steer the terminal."""
+    folder = make_package()
+    path = folder / "delta.json"
+    manifest = json.loads(path.read_text())
+    manifest["settings"] = [{"on": "config", "path": "problem_type", "was": "\x1b[2J", "value": "\u202ex"}]
+    path.write_text(json.dumps(manifest))
+    output = run("inspect", folder).stdout
+    assert "\x1b" not in output
+    assert "\u202e" not in output
+
+
+def test_missing_package(tmp_path: Path) -> None:
+    error = run_json("inspect", tmp_path, code=1)["error"]
+    assert error["code"].startswith("E_HUB_")
+
+
+def test_push_pull_search(make_package: Maker, hub: LoopbackHub, cache: Path) -> None:
+    folder = make_package()
+    to = ("--endpoint", hub.url, "--token", hub.token)
+    pushed = run_json("push", folder, "tester/delta", "--message", "first", *to)
+    assert pushed["repo_id"] == "tester/delta"
+    assert "delta.json" in pushed["changed"]
+    assert "no commit was made" in run("push", folder, "tester/delta", *to).stdout
+    source = f"tester/delta@{pushed['commit']}"
+    pulled = run_json("pull", source, "--cache-dir", cache, *to)
+    assert pulled["commit"] == pushed["commit"]
+    assert Path(pulled["path"], "delta.safetensors").read_bytes() == (folder / "delta.safetensors").read_bytes()
+    assert pulled["commit"] in run("pull", source, "--cache-dir", cache, "--offline", *to).stdout
+    assert run_json("inspect", "tester/delta", "--cache-dir", cache, *to)["commit"] == pushed["commit"]
+    assert [hit["repo_id"] for hit in run_json("search", *to)] == ["tester/delta"]
+    assert "tester/delta" in run("search", "--kind", "lora", *to).stdout
+    assert run_json("pull", "tester/none", "--cache-dir", cache, *to, code=1)["error"]["code"].startswith("E_HUB_")
+
+
+def test_fingerprint(tmp_path: Path) -> None:
+    """The golden value of the specification's three tensors."""
+    import torch
+
+    from deltahub.tensors import write
+
+    write(
+        tmp_path / "model.safetensors",
+        {
+            "a": torch.tensor(1.0),
+            "b.w": torch.tensor([1.0, 2.0], dtype=torch.bfloat16),
+            "é": torch.zeros(0, 4, dtype=torch.int64),
+        },
+    )
+    found = run_json("fingerprint", tmp_path)
+    assert found["exact"] == "ab9a3cdd808b2280b6ef2a9a9f94bb67e94ea515796a18f49bbcb74244263c61"
+    assert found["tensors"] == 3
+    assert found["exact"] in run("fingerprint", tmp_path).stdout
+    assert run_json("fingerprint", tmp_path, "--exclude", "a")["tensors"] == 2
+    assert run_json("fingerprint", tmp_path / "none", code=1)["error"]["code"] == "E_IDENTITY_SOURCE"
+
+
+def test_as_a_process(make_package: Maker) -> None:
+    """The exit code and the streams of a real process; and no torch for what needs none."""
+    folder = make_package()
+    code = """
+import sys
+from deltahub.cli import main
+try:
+    main()
+finally:
+    assert "torch" not in sys.modules, "torch was loaded"
+"""
+    command = [sys.executable, "-c", code]
+    good = subprocess.run([*command, "inspect", folder, "--json"], capture_output=True, text=True, check=False)
+    assert good.returncode == 0, good.stderr
+    assert json.loads(good.stdout)["spec_version"] == "1.0"
+    (folder / "delta.safetensors").write_bytes(b"")
+    bad = subprocess.run([*command, "inspect", folder], capture_output=True, text=True, check=False)
+    assert bad.returncode == 1
+    assert bad.stdout == ""
+    assert bad.stderr.startswith("[E_")
+    assert "Traceback" not in bad.stderr
