@@ -93,15 +93,16 @@ def render_card(
     """
     details = details or CardDetails()
     metadata, text = split_card(existing or "")
-    metadata = _merged(metadata, manifest, details)
-    generated = f"{BEGIN}\n{_page(manifest, repo_id, details, parameters or {})}\n{END}"
+    metadata = _merged(metadata, manifest, details, _title(repo_id))
+    generated = f"{BEGIN}\n{_page(manifest, repo_id, _results(metadata), parameters or {})}\n{END}"
     before, found, rest = text.partition(BEGIN)
     if found and END in rest:
         text = before + generated + rest.partition(END)[2]
     elif text.strip():
         text = f"{text.rstrip()}\n\n{generated}\n"
     else:
-        text = f"# {_title(repo_id)}\n\n{generated}\n"
+        summary = f"{details.summary}\n\n" if details.summary else ""
+        text = f"# {_title(repo_id)}\n\n{summary}{generated}\n"
     return f"---\n{_dump(metadata)}---\n\n{text.lstrip()}"
 
 
@@ -142,7 +143,7 @@ def _dump(metadata: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, default_flow_style=False))
 
 
-def _merged(given: Mapping[str, Any], manifest: Manifest, details: CardDetails) -> dict[str, Any]:
+def _merged(given: Mapping[str, Any], manifest: Manifest, details: CardDetails, name: str) -> dict[str, Any]:
     """Our fields first, then the user's; the user's win where they are a matter of opinion."""
     ours: dict[str, Any] = {"library_name": "deltahub"}
     hub_id = _source(manifest).hub or ""
@@ -152,13 +153,36 @@ def _merged(given: Mapping[str, Any], manifest: Manifest, details: CardDetails) 
         "license": details.license,
         "language": list(details.language),
         "datasets": list(details.datasets),
-        "metrics": list(details.metrics),
         "pipeline_tag": _task(manifest),
     }
     ours |= {key: given.get(key) or value for key, value in optional.items() if given.get(key) or value}
+    if details.metrics:
+        ours |= {"metrics": list(details.metrics), "model-index": _index(details, name, ours.get("pipeline_tag"))}
     kept = [tag for tag in given.get("tags") or [] if isinstance(tag, str) and not tag.startswith("deltahub")]
     ours["tags"] = list(dict.fromkeys([*_tags(manifest), *details.tags, *kept]))
     return {**ours, **{key: value for key, value in given.items() if key not in ours}}
+
+
+def _index(details: CardDetails, name: str, task: str | None) -> list[dict[str, Any]]:
+    """The metrics in the form that the Hub shows and compares; the next push reads them back from there."""
+    metrics = [{"type": key, "value": float(value)} for key, value in details.metrics.items() if math.isfinite(value)]
+    on = details.evaluated_on or next(iter(details.datasets), "unknown")
+    kind = re.sub(r"[^a-z0-9/]+", "-", on.lower()).strip("-") or "unknown"
+    result = {"task": {"type": task or "other"}, "dataset": {"name": on, "type": kind}, "metrics": metrics}
+    return [{"name": name, "results": [result]}]
+
+
+def _results(metadata: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """Data set, metric and value of every result in the metadata; what has another form is left out."""
+    found = []
+    try:
+        for model in metadata.get("model-index") or []:
+            for result in model["results"]:
+                on = str(result["dataset"]["name"])
+                found += [(on, str(metric["type"]), float(metric["value"])) for metric in result["metrics"]]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return []
+    return found
 
 
 def _source(manifest: Manifest) -> BackboneSource:
@@ -186,13 +210,13 @@ def _title(repo_id: str) -> str:
     return printable(repo_id.rpartition("/")[2])
 
 
-def _page(manifest: Manifest, repo_id: str, details: CardDetails, parameters: Mapping[str, int]) -> str:
+def _page(
+    manifest: Manifest, repo_id: str, results: list[tuple[str, str, float]], parameters: Mapping[str, int]
+) -> str:
     source = _source(manifest)
     kinds = _listed(dict.fromkeys(module.kind for module in manifest.modules))
     base = f"[`{source.hub}`](https://huggingface.co/{source.hub})" if source.hub else "a backbone"
-    parts = [f"A [DeltaHub](https://pypi.org/project/deltahub/) package: {kinds} for {base}."]
-    if details.summary:
-        parts.insert(0, details.summary)
+    parts = [f"A DeltaHub package: {kinds} for {base}."]
     example = f'import deltahub\n\nmodel = deltahub.load("{repo_id}")'
     parts.append(f"```python\n{example}\n```")
     parts.append(
@@ -201,9 +225,12 @@ def _page(manifest: Manifest, repo_id: str, details: CardDetails, parameters: Ma
     parts.append("## Where it sits\n\n```text\n" + draw(manifest) + "\n```")
     parts.append(_table(manifest, parameters))
     parts.append(_numbers(manifest, parameters))
+    if manifest.kinds:
+        own = _listed(str(document.get("kind")) for document in manifest.kinds)
+        parts.append(f"The package brings the kind {own} with it, as data: equations, no code.")
     parts.append(_identity(manifest))
-    if details.metrics:
-        parts.append(_metrics(details))
+    if results:
+        parts.append(_metrics(results))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -228,17 +255,16 @@ def _numbers(manifest: Manifest, parameters: Mapping[str, int]) -> str:
 
 def _identity(manifest: Manifest) -> str:
     source, identity = _source(manifest), manifest.backbone.identity
-    rows = [("commit", source.commit), ("exact", identity.exact), ("bf16", identity.bf16)]
+    rows = [("class", source.class_), ("commit", source.commit), ("exact", identity.exact), ("bf16", identity.bf16)]
     lines = [
         f"| {name} | `{printable(value)}` |" for name, value in [*rows, ("structure", identity.structure)] if value
     ]
     return "## The backbone it belongs to\n\nAnother one is refused.\n\n| | |\n|---|---|\n" + "\n".join(lines)
 
 
-def _metrics(details: CardDetails) -> str:
-    on = f" on {_cell(details.evaluated_on)}" if details.evaluated_on else ""
-    lines = [f"| {_cell(name)} | {value:.4g} |" for name, value in details.metrics.items() if math.isfinite(value)]
-    return f"## Results{on}\n\n| metric | value |\n|---|---:|\n" + "\n".join(lines)
+def _metrics(results: list[tuple[str, str, float]]) -> str:
+    lines = [f"| {_cell(on)} | {_cell(metric)} | {value:.4g} |" for on, metric, value in results]
+    return "## Results\n\n| data | metric | value |\n|---|---|---:|\n" + "\n".join(lines)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from deltahub.errors import SignatureError
+from deltahub.limits import DEFAULT
+from deltahub.manifest import Manifest
 from deltahub.sign.keys import fingerprint_of, hash_of, need_cryptography, private_key, public_key
 from deltahub.tensors import sha256_file
 from deltahub.tensors.files import replacing
 
 SIGNATURE_FILE = "model.sig"
+MANIFEST = "delta.json"
 _PAYLOAD = "application/vnd.in-toto+json"
 _BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _STATEMENT = "https://in-toto.io/Statement/v1"
@@ -56,16 +59,13 @@ def sign(folder: str | os.PathLike[str], key: str | os.PathLike[str], *, passwor
     Raises:
         SignatureError: ``E_SIGN_KEY``, ``E_SIGN_FOLDER``, ``E_SIGN_LIBRARY``.
     """
-    from deltahub.package import Package
-
     need_cryptography()
     from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
 
     private = private_key(_read(Path(key)), password)
-    package = Package.open(folder)
-    package.verify()
-    root = package.path
+    root = Path(folder).resolve()
     files = _digests(root)
+    _check_package(root, files)
     body = json.dumps(_statement(root.name, files), sort_keys=True, separators=(",", ":")).encode()
     signed = private.sign(_pre_authentication(_PAYLOAD, body), ECDSA(hash_of(private.curve.name)))
     hint = fingerprint_of(private.public_key())
@@ -81,6 +81,21 @@ def sign(folder: str | os.PathLike[str], key: str | os.PathLike[str], *, passwor
     with replacing(root / SIGNATURE_FILE) as file:
         file.write(json.dumps(bundle, separators=(",", ":")).encode())
     return Signature(signer="", fingerprint=hint, files=files)
+
+
+def _check_package(root: Path, files: Mapping[str, str]) -> None:
+    """Only what would load is signed.
+
+    Raises:
+        SignatureError: ``E_SIGN_FOLDER`` where a listed file is missing or another.
+        ManifestError: the manifest is not valid.
+    """
+    if MANIFEST not in files:
+        raise SignatureError("E_SIGN_FOLDER", "there is no delta.json here", where=root)
+    manifest = Manifest.parse(_read(root / MANIFEST, DEFAULT.manifest_bytes), where=str(root / MANIFEST))
+    for file in manifest.files:
+        if files.get(file.path) != file.sha256:
+            raise SignatureError("E_SIGN_FOLDER", "a listed file is missing or altered", where=root / file.path)
 
 
 def _pre_authentication(kind: str, body: bytes) -> bytes:
@@ -124,13 +139,13 @@ def _walk(root: Path) -> Iterator[str]:
             yield path
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, limit: int = _BUNDLE_BYTES) -> bytes:
     try:
         with path.open("rb") as file:
-            data = file.read(_BUNDLE_BYTES + 1)
+            data = file.read(limit + 1)
     except OSError as error:
         raise SignatureError("E_SIGN_KEY", "the file cannot be read", where=path, found=error) from None
-    if len(data) > _BUNDLE_BYTES:
+    if len(data) > limit:
         raise SignatureError("E_SIGN_BUNDLE", "the file is too large", where=path)
     return data
 

@@ -264,8 +264,9 @@ def test_an_answer_for_another_commit(remote: Remote) -> None:
 
 
 def test_a_commit_that_is_none(remote: Remote) -> None:
-    remote.hub.repository(REPO).branches["main"] = "../../x"
-    remote.hub.repository(REPO).commits["../../x"] = remote.hub.repository(REPO).commits[remote.first]
+    repository = remote.hub.repository(REPO)
+    repository.branches["main"] = repository.tags["../../x"] = "../../x"
+    repository.commits["../../x"] = repository.commits[remote.first]
     fails("E_HUB_RESPONSE", remote.pull)
 
 
