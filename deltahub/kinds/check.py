@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, fx
 
 from deltahub.errors import KindError
+from deltahub.kinds.document import LIVE_PORTS
 from deltahub.kinds.host_shape import HostShape
 from deltahub.kinds.layout import TensorSpec
 from deltahub.kinds.tree import Place
 
 __all__ = ["check"]
 
-FLOOR = 2**26
-"""Elements that any intermediate result may have."""
-GROWTH = 32
-"""How many times larger than everything that goes in an intermediate result may be, beyond the floor."""
+MERGED_FLOOR, MERGED_GROWTH = 2**26, 8
+"""An intermediate result of a merged form may have so many elements, or so many times those of weight and tensors."""
+LIVE_FLOOR, LIVE_GROWTH = 2**20, 32
+"""One of a live form may have so many, so many times those of the activations, and a merged form's beyond its floor."""
 TOTAL = 16
 """All intermediate results together, in units of the largest allowed one."""
 
@@ -44,14 +45,16 @@ class _Meta:
         one = all(k == 1 for k in shape.kernel)
         self.y = self.map(outer, 15 if one else 13)
         weight = shape.weight_shape
-        self.W = None if weight is None else torch.empty(weight, device="meta")
-        self.b = torch.empty(outer, device="meta") if shape.bias else None
+        self.W = None if weight is None else torch.empty(weight, device="meta", dtype=torch.float32)
+        self.b = torch.empty(outer, device="meta", dtype=torch.float32) if shape.bias else None
 
     def map(self, channels: int, length: int) -> Tensor:
         """Activations: positions then channels, or channels then positions."""
         if self.shape.channels_first:
-            return torch.empty(_ROWS, channels, *(length + i for i in range(self.shape.spatial)), device="meta")
-        return torch.empty(_ROWS, prod(_GRID), channels, device="meta")
+            return torch.empty(
+                _ROWS, channels, *(length + i for i in range(self.shape.spatial)), device="meta", dtype=torch.float32
+            )
+        return torch.empty(_ROWS, prod(_GRID), channels, device="meta", dtype=torch.float32)
 
     def deltahub_apply(self, x: Tensor, w: Tensor) -> Tensor:
         family = self.shape.family
@@ -63,7 +66,7 @@ class _Meta:
             assert self.W is not None
             if w.shape[1:] != self.W.shape[1:] or x.shape[1] != self.x.shape[1]:
                 raise ValueError(f"the host takes weights [any, {', '.join(map(str, self.W.shape[1:]))}]")
-            return torch.empty(x.shape[0], w.shape[0], *self.y.shape[2:], device="meta")
+            return torch.empty(x.shape[0], w.shape[0], *self.y.shape[2:], device="meta", dtype=torch.float32)
         if family == "norm" and w.shape == (self.shape.d_out,):
             return torch.empty_like(x)
         raise ValueError(f"a {family} cannot be applied with this weight")
@@ -71,7 +74,7 @@ class _Meta:
     def deltahub_base(self, x: Tensor) -> Tensor:
         if x.shape[1:] != self.x.shape[1:]:
             raise ValueError("the module was given an input of another shape")
-        return torch.empty(x.shape[0], *self.y.shape[1:], device="meta")
+        return torch.empty(x.shape[0], *self.y.shape[1:], device="meta", dtype=torch.float32)
 
     def deltahub_weight(self) -> Tensor | None:
         return self.W
@@ -113,7 +116,11 @@ def check(
     host = _Meta(shape)
     arguments: list[object] = [host.given(name) for name in inputs]
     arguments += [torch.empty(s.shape, dtype=_dtype(s.dtype), device="meta") for s in specs.values()]
-    limit = max(FLOOR, GROWTH * (sum(a.numel() for a in arguments if isinstance(a, Tensor)) + shape.weight_size))
+    limit = MERGED_GROWTH * (sum(prod(s.shape) for s in specs.values()) + shape.weight_size)
+    if port in LIVE_PORTS:
+        limit += LIVE_FLOOR + LIVE_GROWTH * (host.x.numel() + host.y.numel())
+    else:
+        limit = max(limit, MERGED_FLOOR)
     remaining = iter(arguments)
     total = 0
     environment: dict[fx.Node, Any] = {}

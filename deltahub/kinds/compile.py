@@ -179,8 +179,11 @@ class _Builder:
         raise node.place.error("E_KIND_OP", "only tensors and numbers can be calculated with")
 
     def binary(self, node: Binary) -> object:
-        if node.operator in {"+", "-"} and isinstance(node.right, Binary) and node.right.operator == "*":
-            return self.sum_of_product(node, node.right)
+        right = node.right
+        if node.operator in {"+", "-"} and isinstance(right, Binary) and right.operator == "*":
+            return self.sum_of_product(node, right)
+        if node.operator == "+" and isinstance(right, Binary) and right.operator == "@":
+            return self.sum_of_matmul(node, right)
         return self.combine(node, self.operand(node.left), self.operand(node.right))
 
     def combine(self, node: Binary, left: object, right: object) -> object:
@@ -200,6 +203,18 @@ class _Builder:
                 return self.emit(node.place, name, left, tensor)
             return self.emit(node.place, f"{name}_scaled", left, tensor, alpha=factor)
         return self.combine(node, left, self.combine(product, factor, tensor))
+
+    def sum_of_matmul(self, node: Binary, product: Binary) -> object:
+        """``a + number * b @ c`` in one operation."""
+        left, inner = self.operand(node.left), product.left
+        if not (isinstance(inner, Binary) and inner.operator == "*"):
+            inner = Binary(inner.place, "*", Number(inner.place, 1), inner)
+        factor, b, c = self.operand(inner.left), self.operand(inner.right), self.operand(product.right)
+        tensors = isinstance(left, fx.Node) and isinstance(b, fx.Node) and isinstance(c, fx.Node)
+        if tensors and isinstance(factor, int | float):
+            return self.emit(node.place, "add_matmul", left, b, c, factor)
+        first = b if factor == 1 else self.combine(inner, factor, b)
+        return self.combine(node, left, self.combine(product, first, c))
 
     def index(self, node: Index) -> object:
         value = self.evaluate(node.value)

@@ -195,6 +195,7 @@ class _Reader:
         if strength is not None and (strength not in self.config or self.config[strength].type != "number"):
             raise top.error("must be the name of a config number", strength, "strength")
         top.finish()
+        self.check_used(equations, identity)
         return Document(
             name=name,
             version=version,
@@ -360,6 +361,23 @@ class _Reader:
         if not result:
             raise self.top.error(f"must have at least one of {', '.join(PORTS)}", key="equations")
         return result
+
+    def check_used(self, equations: Mapping[str, tuple[Case[Program], ...]], identity: object) -> None:
+        """Whether every tensor and config value has an effect; one that has none was meant otherwise."""
+        programs = [case.value for cases in equations.values() for case in cases]
+        whens = [case.when for cases in equations.values() for case in cases]
+        for entry in self.tensors.values():
+            programs += [d.program for d in entry.dims if d.program]
+            programs += [case.value.program for case in entry.init if case.value.program]
+            whens += [entry.when, *(case.when for case in entry.init)]
+        used = {name for program in programs for name in references(program)[0]} | {
+            n for when in whens for n, _ in when
+        }
+        used |= set(identity) if isinstance(identity, dict) else set()
+        for part, names in (("tensors", self.tensors), ("config", self.config)):
+            for name in names:
+                if name not in used:
+                    raise self.top.error("is used by no equation, shape or condition", key=f"{part}.{name}")
 
     def check_ops(self, program: Program, port: str) -> None:
         _, ops = references(program)

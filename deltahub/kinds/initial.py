@@ -151,7 +151,7 @@ def initial(
                 value = _DRAWS[spec.init](spec.shape, generator, *spec.arguments)
             value = value.reshape(_same(value, spec.shape))
             where = value.device if device is None else torch.device(device)
-            return value.to(device=where, dtype=fixed, copy=True).contiguous()
+            return value.to(device=where, dtype=fixed, copy=True, memory_format=torch.contiguous_format)
     except (ValueError, RuntimeError, TypeError) as error:
         raise KindError(
             "E_KIND_INIT",

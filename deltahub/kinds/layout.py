@@ -49,12 +49,16 @@ class TensorSpec:
 
 
 def freeze(config: Mapping[str, object]) -> Frozen:
-    """A config as a key of a cache."""
-    # No config value is an array or an object: as bytes, which none is either, they can be looked up and are refused.
-    return tuple(
-        (name, type(value), repr(value).encode() if isinstance(value, list | dict) else value)
-        for name, value in sorted(config.items())
-    )
+    """A config as a key of a cache.
+
+    Raises:
+        KindError: ``E_KIND_CONFIG`` for a value that is no number, string or boolean.
+    """
+    for name, value in config.items():
+        if not isinstance(value, int | float | str):
+            what = f"config value {name!r} must be a number, a string, true or false"
+            raise KindError("E_KIND_CONFIG", what, found=type(value).__name__)
+    return tuple((name, type(value), value) for name, value in sorted(config.items()))
 
 
 def conditions(config: Mapping[str, object], shape: HostShape) -> dict[str, object]:

@@ -192,7 +192,7 @@ def convolve(
     strides, dilations = _each(stride, n), _each(dilation, n)
     x = np.pad(x, [(0, 0), (0, 0), *((p, p) for p in _each(padding, n))])
     reach = [d * (k - 1) + 1 for d, k in zip(dilations, weight.shape[2:], strict=True)]
-    windows = sliding_window_view(x, reach, axis=tuple(range(2, 2 + n)))
+    windows: Array = sliding_window_view(x, reach, axis=tuple(range(2, 2 + n)))
     windows = windows[(slice(None), slice(None), *(slice(None, None, s) for s in strides))]
     windows = windows[(..., *(slice(None, None, d) for d in dilations))]
     outputs = []
@@ -214,7 +214,7 @@ def _avg_pool(
         count = (size + 2 * p - k + (s - 1 if ceil else 0)) // s + 1
         # A window that would start in the padding behind the end is left out.
         lengths.append(count - 1 if ceil and (count - 1) * s >= size + p else count)
-    out = np.empty((*x.shape[:-n], *lengths), x.dtype)
+    out: Array = np.empty((*x.shape[:-n], *lengths), x.dtype)
     for at in product(*map(range, lengths)):
         where: list[slice] = []
         divisor = 1
@@ -229,7 +229,7 @@ def _avg_pool(
 
 def _adaptive_avg_pool(x: Array, size: Axes, n: int) -> Array:
     lengths = _each(size, n)
-    out = np.empty((*x.shape[:-n], *lengths), x.dtype)
+    out: Array = np.empty((*x.shape[:-n], *lengths), x.dtype)
     for at in product(*map(range, lengths)):
         spans = zip(at, x.shape[-n:], lengths, strict=True)
         where = [slice(i * full // to, -(-(i + 1) * full // to)) for i, full, to in spans]

@@ -201,7 +201,8 @@ class _Walk:
         return self.host.base(x)
 
     def op_activation(self, x: Array, name: str) -> Array:
-        return ACTIVATION_TWINS[name](x)
+        value: Array = ACTIVATION_TWINS[name](x)
+        return value
 
     def channels_last(self, x: Array) -> Array:
         return np.moveaxis(x, -1 - self.host.shape.spatial, -1) if self.host.shape.channels_first else x

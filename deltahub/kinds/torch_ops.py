@@ -91,6 +91,13 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.matmul(a, b)
 
 
+def _add_matmul(a: Tensor, b: Tensor, c: Tensor, factor: float) -> Tensor:
+    """``a + factor * b @ c``, for matrices of one dtype without the product in memory."""
+    if a.ndim == b.ndim == c.ndim == 2 and a.dtype == b.dtype == c.dtype and a.shape == (b.shape[0], c.shape[1]):
+        return torch.addmm(a, b, c, alpha=factor)
+    return a + _matmul(b if factor == 1 else factor * b, c)
+
+
 def _gelu_new(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
@@ -297,6 +304,7 @@ SETTLED: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "index": operator.getitem,
         "add_scaled": torch.add,
         "sub_scaled": torch.sub,
+        "add_matmul": _add_matmul,
     }
 )
 """What the compiler emits for syntax, for the host, and for operations that depend on the host's layout."""
