@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Checkpoint", "FileCheckpoint", "Leaves", "ValueCheckpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "FileCheckpoint", "Leaves", "ValueCheckpoint", "open_checkpoint", "place", "shared"]
 
 import math
 import os
@@ -165,12 +165,24 @@ class ValueCheckpoint(Checkpoint):
         return {name: self._found[name] for name in wanted}
 
 
+def place(tensor: Any) -> tuple[object, ...] | None:
+    """Where a torch tensor lies in memory and how it is seen there; ``None`` if it is empty or lies nowhere."""
+    import torch
+
+    if not tensor.numel() or tensor.layout != torch.strided:
+        return None
+    try:
+        return (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    except RuntimeError:  # a wrapper around tensors of its own; whether it can be identified is decided later
+        return None
+
+
 def shared(values: Mapping[str, Any]) -> list[list[str]]:
     """Groups of names, two or more and in the order given, whose torch tensors are the very same memory, seen alike."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in values.items():
-        if tensor.numel():
-            key = (str(tensor.device), tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        key = place(tensor)
+        if key is not None:
             groups.setdefault(key, []).append(name)
     return [names for names in groups.values() if len(names) > 1]
 

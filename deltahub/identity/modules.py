@@ -13,7 +13,7 @@ __all__ = ["checkpoint_names", "module_checkpoint", "views"]
 from typing import TYPE_CHECKING, Any
 
 from deltahub.errors import IdentityError
-from deltahub.identity.checkpoints import ValueCheckpoint, shared
+from deltahub.identity.checkpoints import ValueCheckpoint, place, shared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -77,10 +77,11 @@ def _saved(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
 
 def _names(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
     """Live name to checkpoint name, of those tensors that were renamed at most."""
-    place = {(value.data_ptr(), tuple(value.shape)): name for name, value in after.items() if value.numel()}
+    places = {place(value): name for name, value in after.items()}
+    places.pop(None, None)
     found = {}
     for name, value in before.items():
-        other = place.get((value.data_ptr(), tuple(value.shape)))
+        other = places.get(place(value))
         if name in after and (other is None or after[name] is value):
             other = name
         if other is not None:
