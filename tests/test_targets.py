@@ -126,19 +126,19 @@ def test_anything_else_is_a_syntax_error_and_never_a_pattern(pattern: str) -> No
     ],
 )
 def test_a_bomb_is_refused_before_it_expands(pattern: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(TargetError) as caught:
         expand(pattern)
     assert caught.value.code == "E_TARGET_EXPANSION"
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 3
 
 
 def test_long_patterns_take_linear_time() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for hostile in ("{" * 500_000, "a" * 1_000_000, "{a," * 300_000, "." * 1_000_000, "{" + "a," * 400_000 + "}"):
         with pytest.raises(TargetError):
             expand(hostile)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_the_limit_holds_over_all_patterns() -> None:
@@ -157,10 +157,10 @@ def test_a_path_that_comes_twice() -> None:
 
 def test_many_duplicates_in_one_pattern_take_no_quadratic_time() -> None:
     pattern = "{" + ",".join([str(i) for i in range(90_000)] + ["89999"]) + "}"
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(TargetError, match="'89999' comes twice"):
         expand(pattern)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 3
 
 
 def test_every_problem_of_a_list_is_named() -> None:
@@ -220,10 +220,10 @@ def test_thousands_of_paths_take_well_under_a_second() -> None:
     wild = list(
         {f"a{rng.randrange(50)}.{rng.randrange(50)}.{rng.choice('abcdef')}.x{rng.randrange(9)}" for _ in range(6000)}
     )
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(abbreviate(regular)) == 3
     assert sorted(expand_all(abbreviate(wild))) == sorted(wild)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 3
 
 
 NAMES = st.one_of(
@@ -343,8 +343,8 @@ def test_selectors_are_no_regular_expressions(include: str) -> None:
 
 def test_hostile_globs_take_no_exponential_time() -> None:
     modules: dict[str, object] = {".".join(["a" * 30] * 30): Module()}
-    start = time.perf_counter()
+    start = time.process_time()
     for pattern in ("*a" * 12 + "*b", ".".join(["**", "a*"] * 12) + ".b"):
         with pytest.raises(TargetError, match="E_TARGET_NOTHING"):
             select(modules, pattern)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 3

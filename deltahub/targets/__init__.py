@@ -1,7 +1,7 @@
 """Which modules a delta acts on: how authors select them, and how their paths are written into a package.
 
-A package holds exact paths with two abbreviations, ``{a,b}`` and ``{0..11}`` (:func:`expand`). Authors may use suffixes,
-globs, types and functions (:func:`select`) because what these select is resolved, shown and stored as paths
+A package holds exact paths with two abbreviations, ``{a,b}`` and ``{0..11}`` (:func:`expand`). Authors may use
+suffixes, globs, types and functions (:func:`select`) because what these select is resolved, shown and stored as paths
 (:func:`abbreviate`).
 """
 
