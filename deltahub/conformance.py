@@ -262,6 +262,23 @@ def _apply(request: Request) -> Result:
     return {"value": _written(value)}
 
 
+# ---------------------------------------------------------------------------------------------------------- packages
+
+
+def _package(request: Request) -> Result:
+    from deltahub.package import Package
+
+    package = Package.open(request["directory"])
+    package.verify()
+    names = [
+        f"{module.name}/{path}/{name}"
+        for module in package.manifest.modules
+        for path, tensors in package.tensors(module.name).items()
+        for name in tensors
+    ]
+    return {"modules": _modules(package.manifest), "tensors": sorted(names), "ignored": list(package.ignored)}
+
+
 # ------------------------------------------------------------------------------------------------------ composition
 
 
@@ -327,6 +344,7 @@ OPERATIONS: Mapping[str, Callable[[Request], Result]] = {
     "kind": _kind,
     "apply": _apply,
     "forward": _forward,
+    "package": _package,
 }
 
 

@@ -102,13 +102,29 @@ def packages() -> list[dict[str, Any]]:
         )
     good("a file in a folder", "DH-3.1-4",
          {"delta.json": {"json": manifest(listed("parts/delta.safetensors", data))}, "parts/delta.safetensors": raw(data)})  # fmt: skip
+    bad_probe = "E_PACKAGE_PROBE"
+    for what, tensors in (
+        ("without outputs", {"inputs/x": f32(1)}),
+        ("without inputs", {"outputs/y": f32(1)}),
+        ("with something else", {"inputs/x": f32(1), "outputs/y": f32(1), "secret": f32(1)}),
+        ("without names", {"inputs/": f32(1), "outputs/": f32(1)}),
+    ):
+        probed = st(tensors)
+        about = {"file": "probe.safetensors", "tolerance": {"float32": 1e-5}}
+        document = manifest(entry, listed("probe.safetensors", probed), probe=about)
+        bad(
+            f"a probe {what}",
+            "DH-4.7-3",
+            bad_probe,
+            {**sound, "delta.json": {"json": document}, "probe.safetensors": raw(probed)},
+        )
     good(
         "a link within the package",
         "DH-3.1-5",
         {**sound, "delta.safetensors": {"symlink": "real.safetensors"}, "real.safetensors": raw(data)},
     )
     probe = st({"inputs/x": f32(1, 6), "outputs/y": f32(1, 4)})
-    good("a probe's tensors are no part of the delta", ["DH-4.7-1", "DH-7.2-1"],
+    good("a probe's tensors are no part of the delta", ["DH-4.7-1", "DH-4.7-3", "DH-7.2-1"],
          {**packed(), "delta.json": {"json": manifest(entry, listed("probe.safetensors", probe),
           probe={"file": "probe.safetensors", "tolerance": {"float32": 1e-5}})}, "probe.safetensors": raw(probe)},
          {"tensors": sorted(LORA)})  # fmt: skip
@@ -144,6 +160,13 @@ def packages() -> list[dict[str, Any]]:
         bad(f"a link out of the package: {where}", "DH-3.1-5", ["E_PACKAGE_OUTSIDE", *odd],
             {**sound, "delta.safetensors": {"symlink": where}}, outside={"delta.safetensors": raw(data)})  # fmt: skip
     bad(
+        "a hard link out of the package",
+        "DH-3.1-5",
+        ["E_PACKAGE_OUTSIDE", *odd],
+        {**sound, "delta.safetensors": {"hardlink": "{outside}/delta.safetensors"}},
+        outside={"delta.safetensors": raw(data)},
+    )
+    bad(
         "a link to a device",
         ["DH-3.1-4", "DH-3.1-5"],
         ["E_PACKAGE_OUTSIDE", *odd],
@@ -151,7 +174,7 @@ def packages() -> list[dict[str, Any]]:
     )
     bad("a byte less than listed", "DH-3.1-6", size, {**sound, "delta.safetensors": raw(data[:-1])})
     bad("a byte more than listed", "DH-3.1-6", size, {**sound, "delta.safetensors": raw(data + b"\0")})
-    bad("one bit changed", "DH-3.1-6", sha, {**sound, "delta.safetensors": raw(data[:-1] + bytes([data[-1] ^ 1]))})
+    bad("one bit changed", ["DH-3.1-6", "DH-3.1-7"], sha, {**sound, "delta.safetensors": raw(data[:-1] + bytes([data[-1] ^ 1]))})
     bad(
         "one bit of the header changed",
         "DH-3.1-6",
@@ -214,7 +237,7 @@ def packages() -> list[dict[str, Any]]:
         packed(modules=[{**MODULE, "config": {"rank": 65536}}]),
     )
     for dtype, width in (("I64", 8), ("I8", 1), ("U8", 1), ("BOOL", 1), ("C64", 8), ("F8_E4M3", 1)):
-        bad(f"{dtype} for a float", "DH-7.2-3", ["E_KIND_DTYPE", *wrong], bias_of(dtype, b"\0" * 4 * width))
+        bad(f"{dtype} for a float", "DH-7.2-3", ["E_PACKAGE_DTYPE", *wrong], bias_of(dtype, b"\0" * 4 * width))
     for dtype, bits in (
         ("F32", b"\0\0\xc0\x7f"),
         ("F32", b"\0\0\x80\x7f"),

@@ -138,6 +138,8 @@ def _lay_out(files: dict[str, Any], root: Path, outside: Path) -> None:
             path.write_bytes(raw_bytes(content, {}))
         elif "symlink" in content:
             path.symlink_to(content["symlink"].replace("{outside}", str(outside)))
+        elif "hardlink" in content:
+            path.hardlink_to(content["hardlink"].replace("{outside}", str(outside)))
         elif "sparse" in content:
             with path.open("wb") as stream:
                 stream.truncate(content["sparse"])
