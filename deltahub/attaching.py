@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deltahub import kinds
-from deltahub.composition import REGISTRY, Registry, active, check_conflicts, freeze, registry
+from deltahub.composition import REGISTRY, Registry, active_names, check_conflicts, freeze, registry
 from deltahub.delta import Delta
 from deltahub.errors import HostError, InjectionError, KindError, TargetError, UsageError
 from deltahub.hosts import BLOCK, view_of
@@ -126,6 +126,7 @@ def attach_parts(
     frozen: bool = True,
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
+    active: bool = True,
 ) -> Delta:
     """Attach the parts of one delta at exact paths; the mechanism behind :func:`attach` and ``deltahub.load``.
 
@@ -155,14 +156,16 @@ def attach_parts(
     delta = Delta(name=name, model=model, parts=parts)
     for part, module, site in built:
         part.sites.append((module, site))
-    check_conflicts([*(d for n, d in home.items() if n in active(home)), delta])
+    acting = active_names(home)
+    check_conflicts([*(d for n, d in home.items() if n in acting), delta][: None if active else -1])
     home[name] = delta
     model.__dict__[REGISTRY] = home
     for _, module, site in built:
         add_site(module, site, home.switch)
     if frozen:
         freeze(model, home)
-    home.switch.key = "\n".join([*active(home), name])
+    if active:
+        home.switch.key = "\n".join([*acting, name])
     return delta
 
 

@@ -16,7 +16,7 @@ __all__ = [
     "REGISTRY",
     "Registry",
     "activate",
-    "active",
+    "active_names",
     "check_conflicts",
     "deltas",
     "freeze",
@@ -63,7 +63,7 @@ def deltas(model: nn.Module) -> Mapping[str, Any]:
     return {} if found is None else dict(found)
 
 
-def active(home: Registry) -> list[str]:
+def active_names(home: Registry) -> list[str]:
     return home.switch.key.split("\n") if home.switch.key else []
 
 

@@ -12,7 +12,7 @@ from deltahub.composition import (
     REGISTRY,
     Registry,
     activate,
-    active,
+    active_names,
     deltas,
     registry,
     thaw,
@@ -37,6 +37,8 @@ class Delta:
         self.name = name
         self.parts = tuple(parts)
         self._model = model
+        self.report: object = None
+        """How it was loaded: a :class:`deltahub.loading.LoadReport`, for a delta that came from a package."""
 
     def __repr__(self) -> str:
         kinds = ", ".join(f"{p.name}: {p.kind.name}@{p.kind.version} × {len(p.sites)}" for p in self.parts)
@@ -90,7 +92,7 @@ class Delta:
 
     @property
     def active(self) -> bool:
-        return self.name in active(self._home)
+        return self.name in active_names(self._home)
 
     @property
     def merged(self) -> bool:
@@ -99,7 +101,7 @@ class Delta:
     def enable(self) -> Delta:
         """Let the delta act, beside those that are active already."""
         home = self._home
-        activate(home, [name for name in home if name == self.name or name in active(home)])
+        activate(home, [name for name in home if name == self.name or name in active_names(home)])
         return self
 
     def disable(self) -> Delta:
@@ -107,7 +109,7 @@ class Delta:
         home = self._home
         if self.merged:
             self.unmerge()
-        activate(home, [name for name in active(home) if name != self.name])
+        activate(home, [name for name in active_names(home) if name != self.name])
         return self
 
     @property
@@ -225,7 +227,7 @@ class Delta:
                 remove_site(module, site)
         del home[self.name]
         home.switch.strength.pop(self.name, None)
-        activate(home, [name for name in active(home) if name != self.name], check=False)
+        activate(home, [name for name in active_names(home) if name != self.name], check=False)
         if not home:
             thaw(self._model, home)
             del self._model.__dict__[REGISTRY]
@@ -264,7 +266,7 @@ def save(model: nn.Module | Delta, directory: str | os.PathLike[str], **options:
         directory,
         model=root,
         parts=[(d.name, part) for d in chosen for part in d.parts],
-        backbone_section=None if home is None else home.backbone,
+        known=None if home is None else home.backbone,
         **options,
     )
 

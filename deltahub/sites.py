@@ -170,7 +170,7 @@ class Plan:
                 count = i
         self.weighted = tuple(dual[:count])
         self.wrapped = (*dual[count:], *(s for s in sites if not s.bound.mergeable))
-        self.plain = not self.weighted and all(set(s.bound.ports) & set(_LIVE) == {"output"} for s in self.wrapped)
+        self.plain = count == 0 and all(set(s.bound.ports) & set(_LIVE) == {"output"} for s in self.wrapped)
 
     def innermost(self, module: nn.Module, call: Callable[[Any], Any], x: Any) -> Any:
         """The host itself, with the weighted sites' weight and bias."""

@@ -95,20 +95,15 @@ def test_torch_equals_the_numpy_interpreter(case: Case) -> None:
 
     def run(port: str, **values: Tensor | None) -> np.ndarray:
         arrays = {k: None if v is None else v.detach().numpy() for k, v in values.items()}
-        return reference.run(
-            kinds.get(case.kind).document,
-            site.bound.config,
-            site.bound.shape,
-            port,
-            tensors=tensors,
-            host=lambda a, w: (
-                view.partial(module, base, torch.from_numpy(a), torch.from_numpy(np.ascontiguousarray(w)))
-                .detach()
-                .numpy()
-            ),
-            **arrays,
-        )
+        document = kinds.get(case.kind).document
+        return reference.run(document, site.bound.config, port, host, tensors, **arrays)
 
+    host = reference.Host(
+        shape=site.bound.shape,
+        apply=lambda a, w: view.partial(module, base, torch.from_numpy(a), torch.from_numpy(np.ascontiguousarray(w)))
+        .detach()
+        .numpy(),
+    )
     with deltahub.using(model):
         out = module(x)
     y = out[0] if isinstance(out, tuple) else out

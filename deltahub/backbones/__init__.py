@@ -22,13 +22,15 @@ __all__ = [
     "Setting",
     "apply_settings",
     "build",
+    "changed_settings",
     "describe",
     "files_section",
+    "origin",
     "require_covered",
     "resolve",
 ]
 
 from deltahub.backbones.building import Built, build, require_covered
 from deltahub.backbones.files import BackboneFiles, files_section, resolve
-from deltahub.backbones.libraries import describe
-from deltahub.backbones.settings import Setting, apply_settings
+from deltahub.backbones.libraries import describe, origin
+from deltahub.backbones.settings import Setting, apply_settings, changed_settings

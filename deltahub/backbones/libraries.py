@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["IGNORED_FIELDS", "LIBRARIES", "Field", "Library", "class_name", "describe", "find_class", "library_of"]
+__all__ = ["IGNORED_FIELDS", "LIBRARIES", "Field", "Library", "class_name", "describe", "find_class", "library_of", "origin"]
 
 import importlib
 import inspect
@@ -181,7 +181,7 @@ def class_name(model: nn.Module) -> str | None:
     return None
 
 
-def _origin(model: nn.Module) -> str | None:
+def origin(model: nn.Module) -> str | None:
     """Say where a library says that a model came from: a repository id, or a folder."""
     timm = getattr(model, "pretrained_cfg", None)
     if isinstance(timm, dict):
@@ -202,9 +202,8 @@ def describe(model: nn.Module) -> dict[str, str]:
     snapshot folder, or by a repository name of which the local cache holds exactly one snapshot.
     """
     source: dict[str, str] = {}
-    origin = _origin(model)
-    if origin:
-        source.update(_from_snapshot(origin) or _from_name(origin))
+    if found := origin(model):
+        source.update(_from_snapshot(found) or _from_name(found))
     if name := class_name(model):
         source["class"] = name
     return source

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Setting", "apply_settings", "build_fields", "check_settings", "configure"]
+__all__ = ["Setting", "apply_settings", "build_fields", "changed_settings", "check_settings", "configure"]
 
 import copy
 import json
@@ -11,10 +11,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from deltahub.backbones.files import read_json
 from deltahub.backbones.libraries import LIBRARIES, Field, Library, class_name, library_of
 from deltahub.errors import BackboneError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
 
@@ -154,6 +157,8 @@ def configure(config: Any, chosen: Sequence[tuple[Setting, Field]]) -> None:
 
 def _library(target: object) -> Library:
     """Find the library of a model, a processor or a scheduler."""
+    from pathlib import Path
+
     from torch import nn
 
     if isinstance(target, nn.Module) and (name := class_name(target)):
@@ -258,3 +263,43 @@ def _apply_diffusers(target: Any, settings: Sequence[Setting]) -> Callable[[], N
             old.clear()
 
     return undo
+
+
+def changed_settings(model: nn.Module, folder: Path) -> list[dict[str, Any]]:
+    """The settings in which a live model differs from the configuration in its backbone's folder.
+
+    Args:
+        model: a model of a known library; of another there is nothing to say.
+        folder: where the backbone's ``config.json`` lies.
+
+    Returns:
+        Entries of a manifest's ``settings``, for the fields on the library's list only.
+    """
+    name = class_name(model)
+    path = folder / "config.json"
+    if name is None or not path.is_file():
+        return []
+    library, _ = library_of(name)
+    if library.name == "transformers":
+        live = model.config
+        stored = type(live).from_pretrained(str(folder), local_files_only=True)
+    elif library.name == "diffusers":
+        live, stored = _Fields(model.config), _Fields(read_json(path))
+    else:
+        return []
+    found = []
+    for field in library.settings.get("config", {}):
+        was, value = _json(getattr(stored, field, None)), _json(getattr(live, field, None))
+        if was != value:
+            found.append({"on": "config", "path": field, "was": was, "value": value})
+    return found
+
+
+class _Fields:
+    """A mapping whose members are attributes, absent ones ``None``."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def __getattr__(self, name: str) -> Any:
+        return self._values.get(name)

@@ -1,0 +1,208 @@
+"""From a model with deltas to a package: what the manifest says of the backbone, the modules and the settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deltahub import identity
+from deltahub.backbones import BackboneFiles, changed_settings, describe, origin, resolve
+from deltahub.errors import InjectionError, UsageError
+from deltahub.injection import slot_of
+from deltahub.manifest import Backbone, Setting
+from deltahub.package import Package, Probe, write
+from deltahub.sites import Part
+from deltahub.targets import abbreviate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["backbone_section", "make_probe", "write_package"]
+
+
+def write_package(
+    directory: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    parts: Sequence[tuple[str, Part]],
+    known: Backbone | None = None,
+    backbone: str | os.PathLike[str] | None = None,
+    probe: Mapping[str, Tensor] | Callable[[nn.Module], Mapping[str, Tensor]] | None = None,
+    tolerance: Mapping[str, float] | None = None,
+    settings: Iterable[Setting] = (),
+    readme: str | None = None,
+    extensions: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Package:
+    """Write parts of deltas that sit on a model as one package.
+
+    Args:
+        directory: where to; absent or whole afterwards.
+        model: the backbone with its deltas.
+        parts: the parts, each with the name of its delta, in the order in which they apply.
+        known: the backbone section of the manifest that the model was loaded by; computed anew where ``None``.
+        backbone: a folder or Hub id that holds the backbone's files, where the model does not tell.
+        probe: keyword inputs of the model's forward pass; its first output is recorded with the deltas active.
+        tolerance: greatest absolute difference per dtype for whoever replays the probe.
+        settings: fields of the configuration that must change with the delta, besides those that are found.
+        readme: text of the model card.
+        extensions: further data under reverse domain names.
+        overwrite: replace an existing package.
+
+    Raises:
+        InjectionError: ``E_INJECTION_MERGED`` where the backbone's weights are changed by a merge.
+        PackageError: the folder exists, or cannot be written.
+        IdentityError: the backbone's tensors have no values.
+    """
+    _check_unmerged(parts)
+    section, found = (known, []) if known is not None else backbone_section(model, parts, backbone)
+    modules, tensors, kinds = _modules(parts)
+    recorded = None
+    if probe is not None:
+        recorded = make_probe(model, probe(model) if callable(probe) else probe, tolerance)
+    manifest: dict[str, Any] = {
+        "backbone": section.model_dump(by_alias=True, exclude_unset=True),
+        "modules": modules,
+    }
+    changed = [*found, *(setting.model_dump() for setting in settings)]
+    for name, value in (("kinds", kinds), ("settings", changed), ("extensions", dict(extensions or {}))):
+        if value:
+            manifest[name] = value
+    return write(Path(directory), manifest, tensors, readme=readme, probe=recorded, overwrite=overwrite)
+
+
+def _check_unmerged(parts: Sequence[tuple[str, Part]]) -> None:
+    merged = sorted({name for name, part in parts for _, site in part.sites if site.merged})
+    if merged:
+        raise InjectionError(
+            "E_INJECTION_MERGED",
+            "a package is not written while its delta is merged into the backbone",
+            found=", ".join(merged),
+            hint="unmerge it first",
+        )
+
+
+def _modules(parts: Sequence[tuple[str, Part]]) -> tuple[list[dict[str, Any]], dict[str, Tensor], list[dict[str, Any]]]:
+    """The manifest's modules, all tensors by their package names, and the documents of kinds that are not built in."""
+    from deltahub.kinds import names as builtin
+
+    known = set(builtin())
+    counts: dict[str, int] = {}
+    for _, part in parts:
+        counts[part.name] = counts.get(part.name, 0) + 1
+    modules: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    documents: dict[tuple[str, int], dict[str, Any]] = {}
+    for delta, part in parts:
+        name = part.name if counts[part.name] == 1 else f"{delta}-{part.name}"
+        entry = {
+            "name": name,
+            "kind": part.kind.name,
+            "version": part.kind.version,
+            "config": dict(part.config),
+            "targets": abbreviate([site.path for _, site in part.sites]),
+        }
+        modules.append(entry | ({"removes": list(part.removes)} if part.removes else {}))
+        for _, site in part.sites:
+            for tensor, value in zip(site.names, site.tensors(), strict=True):
+                tensors[f"{name}/{site.path}/{tensor}"] = value.detach()
+        if part.kind.name not in known:
+            documents[part.kind.name, part.kind.version] = dict(part.kind.document.source)
+    return modules, tensors, list(documents.values())
+
+
+def backbone_section(
+    model: nn.Module, parts: Sequence[tuple[str, Part]], override: str | os.PathLike[str] | None = None
+) -> tuple[Backbone, list[dict[str, Any]]]:
+    """What a manifest says of a live model's backbone, and the settings in which the model differs from its files.
+
+    The files that the model was loaded from are identified where they can be found; the live tensors otherwise.
+    """
+    source = describe(model)
+    files = _files_of(model, source, override)
+    if files is None:
+        names = identity.checkpoint_names(model)
+        touched = [names[n] for n in _touched(parts) if n in names]
+        section: dict[str, Any] = identity.describe(model, touched=touched)
+        found: list[dict[str, Any]] = []
+    else:
+        checkpoint = identity.open_checkpoint(list(files.files))
+        section = identity.describe(list(files.files), touched=_in_files(model, parts, checkpoint.specs))
+        found = changed_settings(model, files.folder)
+        if files.hub is not None:
+            source = {**source, "hub": files.hub, **({"commit": files.commit} if files.commit else {})}
+    return Backbone.model_validate({"source": source, **section}, strict=False), found
+
+
+def _files_of(
+    model: nn.Module, source: Mapping[str, str], override: str | os.PathLike[str] | None
+) -> BackboneFiles | None:
+    if override is not None:
+        return resolve(dict(source), override=Path(override) if os.path.isdir(override) else str(override))  # noqa: PTH112
+    where = origin(model)
+    if where is not None and Path(where).is_dir():
+        found = resolve(dict(source), override=Path(where))
+        hub, commit = source.get("hub"), source.get("commit")
+        return BackboneFiles(folder=found.folder, files=found.files, hub=hub, commit=commit)
+    if "hub" in source and "commit" in source:
+        return resolve(dict(source), local_files_only=True)
+    return None
+
+
+def _touched(parts: Sequence[tuple[str, Part]]) -> list[str]:
+    """Parameters of the modules that a delta sits on: the part of the backbone that it was trained against."""
+    found: dict[str, None] = {}
+    for _, part in parts:
+        for module, site in part.sites:
+            assert slot_of(module) is not None
+            for name, value in module._parameters.items():
+                if value is not None:
+                    found[f"{site.path}.{name}"] = None
+    return list(found)
+
+
+def _in_files(model: nn.Module, parts: Sequence[tuple[str, Part]], specs: Mapping[str, object]) -> list[str]:
+    """The same by their names in files; a head that the files lack is left out."""
+    names = identity.checkpoint_names(model)
+    prefix = f"{getattr(model, 'base_model_prefix', '') or ''}."
+    found = []
+    for live in _touched(parts):
+        name = names.get(live, live)
+        tries = (name, name.removeprefix(prefix), prefix + name)
+        match = next((n for n in tries if n in specs), None)
+        if match is not None:
+            found.append(match)
+    return list(dict.fromkeys(found))
+
+
+def make_probe(model: nn.Module, inputs: Mapping[str, Tensor], tolerance: Mapping[str, float] | None) -> Probe:
+    """Record a forward pass: its inputs, and every tensor among its outputs that has a name or a place.
+
+    Raises:
+        UsageError: ``E_USAGE_PROBE`` where the model gives no tensor.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            out = model(**inputs)
+    finally:
+        model.train(training)
+    outputs = {"output": out} if isinstance(out, Tensor) else _named(out)
+    if not outputs:
+        raise UsageError("E_USAGE_PROBE", "the model's output holds no tensor to record", found=type(out).__name__)
+    return Probe(
+        inputs={k: v.detach().cpu() for k, v in inputs.items()},
+        outputs={k: v.detach().cpu() for k, v in outputs.items()},
+        **({} if tolerance is None else {"tolerance": dict(tolerance)}),
+    )
+
+
+def _named(out: Any) -> dict[str, Tensor]:
+    pairs = out.items() if isinstance(out, Mapping) or hasattr(out, "items") else enumerate(out)
+    return {str(k): v for k, v in pairs if isinstance(v, Tensor)}
