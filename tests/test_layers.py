@@ -32,6 +32,7 @@ LAYERS = (
     "backbones",
     "sign",
     "hub",
+    "inspecting",
     "composition",
     "roles",
     "saving",
@@ -62,6 +63,8 @@ TORCH_FREE = (
     "deltahub.kinds.reference",
     "deltahub.package",
     "deltahub.hub",
+    "deltahub.inspecting",
+    "deltahub.backbones",
     "deltahub.testing",
     "deltahub.cli",
 )
