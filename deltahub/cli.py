@@ -287,9 +287,11 @@ def search(
 def verify(
     source: Package,
     backbone: Annotated[str | None, typer.Option(help="A folder or repository instead of the package's own.")] = None,
+    level: Annotated[str, typer.Option(help="How the backbone is checked: structure, touched or full.")] = "touched",
     revision: Revision = None,
     endpoint: Endpoint = None,
     token: Token = None,
+    cache_dir: Cache = None,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
@@ -299,9 +301,11 @@ def verify(
     report = run(
         source,
         backbone=backbone,
+        level=level,
         revision=revision,
         endpoint=endpoint,
         token=token,
+        cache_dir=cache_dir,
         local_files_only=offline,
     )
     _show(report, as_json, lambda r: str(r).splitlines())

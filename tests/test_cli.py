@@ -178,6 +178,36 @@ def test_fingerprint(tmp_path: Path) -> None:
     assert run_json("fingerprint", tmp_path / "none", code=1)["error"]["code"] == "E_IDENTITY_SOURCE"
 
 
+def test_verify(tmp_path: Path, hub: LoopbackHub, cache: Path) -> None:
+    """From the package alone: its backbone is fetched, checked, rebuilt; then one bit of it is changed."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(**sizes, intermediate_size=8)).save_pretrained(tmp_path / "base")
+    hub.create("acme/base", {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()})
+    model = BertModel.from_pretrained(tmp_path / "base")
+    delta = deltahub.attach(model, "lora", "query", rank=2)
+    for tensor in delta.parameters():
+        torch.nn.init.normal_(tensor)
+    delta.save(tmp_path / "delta", probe={"input_ids": torch.tensor([[1, 2, 3]])})
+    report = run_json("verify", tmp_path / "delta", "--backbone", tmp_path / "base")
+    assert report["effect"] > 0
+    assert all(value < 1e-5 for value in report["probe"].values())
+    to = ("--endpoint", hub.url, "--token", hub.token, "--cache-dir", cache)
+    assert "the delta has an effect" in run("verify", tmp_path / "delta", "--backbone", "acme/base", *to).stdout
+    weights = tmp_path / "base" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1  # of the pooler, which the delta does not touch
+    weights.write_bytes(data)
+    for level, code in (("touched", "E_PACKAGE_PROBE_DIFFERS"), ("full", "E_BACKBONE_MISMATCH")):
+        error = run_json("verify", tmp_path / "delta", "--backbone", tmp_path / "base", "--level", level, code=1)[
+            "error"
+        ]
+        assert error["code"] == code
+
+
 def test_as_a_process(make_package: Maker) -> None:
     """The exit code and the streams of a real process; and no torch for what needs none."""
     folder = make_package()

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["IGNORED_FIELDS", "LIBRARIES", "Field", "Library", "class_name", "describe", "find_class", "library_of", "origin"]
+__all__ = [
+    "IGNORED_FIELDS",
+    "LIBRARIES",
+    "Field",
+    "Library",
+    "class_name",
+    "describe",
+    "find_class",
+    "library_of",
+    "origin",
+]
 
 import importlib
 import inspect

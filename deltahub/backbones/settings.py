@@ -157,8 +157,6 @@ def configure(config: Any, chosen: Sequence[tuple[Setting, Field]]) -> None:
 
 def _library(target: object) -> Library:
     """Find the library of a model, a processor or a scheduler."""
-    from pathlib import Path
-
     from torch import nn
 
     if isinstance(target, nn.Module) and (name := class_name(target)):
@@ -280,11 +278,12 @@ def changed_settings(model: nn.Module, folder: Path) -> list[dict[str, Any]]:
     if name is None or not path.is_file():
         return []
     library, _ = library_of(name)
+    live: Any = getattr(model, "config", None)
+    stored: Any
     if library.name == "transformers":
-        live = model.config
         stored = type(live).from_pretrained(str(folder), local_files_only=True)
     elif library.name == "diffusers":
-        live, stored = _Fields(model.config), _Fields(read_json(path))
+        live, stored = _Fields(live), _Fields(read_json(path))
     else:
         return []
     found = []
