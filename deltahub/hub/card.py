@@ -22,8 +22,20 @@ if TYPE_CHECKING:
     from deltahub.manifest import Source as BackboneSource
 
 BEGIN, END = "<!-- deltahub:begin -->", "<!-- deltahub:end -->"
-_LONGEST_CARD = 1 << 20
+_LONGEST_CARD, _LONGEST_FRONT, _MOST_BRACKETS = 1 << 20, 1 << 17, 500
 _TAG_DIGITS = 16
+_ORDER = (  # of the metadata, so that the same card comes out whatever was known when
+    "library_name",
+    "base_model",
+    "base_model_relation",
+    "license",
+    "language",
+    "datasets",
+    "pipeline_tag",
+    "metrics",
+    "model-index",
+    "tags",
+)
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _TASKS = {
@@ -119,16 +131,19 @@ def split_card(card: str) -> tuple[dict[str, Any], str]:
     match = _FRONT.match(card)
     if match is None:
         return {}, card
+    if len(match[1]) > _LONGEST_FRONT or match[1].count("[") + match[1].count("{") > _MOST_BRACKETS:
+        raise _bad_card("it is too long or too deep")
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same reader, in C where it was built
     try:
         # Aliases make a small text mean a huge one; no card needs them.
-        if any(isinstance(token, (yaml.AliasToken, yaml.AnchorToken)) for token in yaml.scan(match[1])):
+        if any(isinstance(token, (yaml.AliasToken, yaml.AnchorToken)) for token in yaml.scan(match[1], loader)):
             raise _bad_card("it uses anchors")
-        metadata = yaml.safe_load(match[1]) or {}
+        metadata = yaml.load(match[1], loader) or {}  # noqa: S506 - it is one of the two safe ones
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise _bad_card(str(error)) from None
     if not isinstance(metadata, dict):
         raise _bad_card("it is not a mapping")
-    return metadata, card[match.end() :]
+    return metadata, card[match.end() :].lstrip("\r\n")
 
 
 def _bad_card(found: str) -> HubError:
@@ -160,7 +175,11 @@ def _merged(given: Mapping[str, Any], manifest: Manifest, details: CardDetails, 
         ours |= {"metrics": list(details.metrics), "model-index": _index(details, name, ours.get("pipeline_tag"))}
     kept = [tag for tag in given.get("tags") or [] if isinstance(tag, str) and not tag.startswith("deltahub")]
     ours["tags"] = list(dict.fromkeys([*_tags(manifest), *details.tags, *kept]))
-    return {**ours, **{key: value for key, value in given.items() if key not in ours}}
+    merged = {**given, **ours}
+    return {
+        key: merged[key]
+        for key in [*(key for key in _ORDER if key in merged), *(key for key in merged if key not in _ORDER)]
+    }
 
 
 def _index(details: CardDetails, name: str, task: str | None) -> list[dict[str, Any]]:

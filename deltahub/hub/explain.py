@@ -88,6 +88,8 @@ def explain(error: BaseException, where: str) -> HubError | None:
         return _unreachable(error, where)
     if isinstance(error, errors.XetDownloadError) or "Consistency check failed" in str(error):
         return _broken(error, where)
+    if isinstance(error, ValueError) and "Invalid metadata" in str(error):
+        return HubError("E_HUB_CARD", "the Hub refuses the card's metadata", where=where, found=_last_line(error))
     return None
 
 
@@ -152,3 +154,7 @@ def _broken(error: BaseException, where: str) -> HubError:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]

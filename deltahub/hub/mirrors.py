@@ -174,7 +174,11 @@ class _NoWayDown(urllib.request.HTTPRedirectHandler):
     """Redirects are followed only to where the first address could have pointed."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        check_endpoint(newurl)
+        try:
+            check_endpoint(newurl)
+        except HubError:
+            fp.close()
+            raise
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -185,6 +189,7 @@ def _over_http(url: str) -> Iterator[BinaryIO]:
         with opener.open(url, timeout=_SECONDS) as answer:
             yield answer
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code in {404, 410}:
             raise FileNotFoundError(url) from None
         raise HubError("E_HUB_MIRROR", "the mirror refuses this request", where=url, found=error) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["PushResult", "push"]
 
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from deltahub.hub.explain import explained
 from deltahub.hub.guard import guarded
 from deltahub.hub.pulling import MANIFEST, SIGNATURE, Client, expected_files, fetch, read_manifest
 from deltahub.hub.sources import Source, check_endpoint, parse_source
-from deltahub.tensors import TensorFile, sha256_file
+from deltahub.tensors import sha256_file
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -113,7 +114,7 @@ def push(
             files[CARD] = _card(client, package, target, remote, details, Path(scratch))
         writes = {path: content for path, content in files.items() if not _same(path, content, remote)}
         stale = _stale(client, target, remote, set(files), Path(scratch))
-        ignored = tuple(package.ignored)
+        ignored = tuple(name for name in package.ignored if name not in {CARD, SIGNATURE})
         if not writes and not stale:
             url = f"{client.endpoint}/{target.repo_id}/commit/{remote.commit}"
             return PushResult(repo_id=target.repo_id, commit=remote.commit, url=url, ignored=ignored)
@@ -183,16 +184,8 @@ def _card(
 def _parameters(package: Package) -> dict[str, int]:
     """How many numbers each module holds, from the headers."""
     counts = {module.name: 0 for module in package.manifest.modules}
-    for path in expected_files(package.manifest):
-        if path.endswith(".safetensors"):
-            with TensorFile.open(package.path / path) as file:
-                for name, info in file.items():
-                    module = name.partition("/")[0]
-                    if module in counts:
-                        count = 1
-                        for size in info.shape:
-                            count *= size
-                        counts[module] += count
+    for name in package.names:
+        counts[name.partition("/")[0]] += math.prod(package.info(name).shape)
     return counts
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
-from deltahub.errors import DeltaHubError, HubError, TensorFileError
-from deltahub.hub import CardDetails, Lock, lock_of, parse_source, pull, push
-from deltahub.testing import LoopbackHub, serve_hub
+from deltahub.errors import DeltaHubError, HubError
+from deltahub.hub import Lock, lock_of, parse_source, pull, push
+from deltahub.testing import LoopbackHub
 
 REPO = "acme/delta"
 Maker = Callable[..., Path]
@@ -360,7 +359,6 @@ def sending(hub: LoopbackHub) -> dict[str, Any]:
 def test_push_and_pull_and_push_again(
     hub: LoopbackHub, cache: Path, sending: dict[str, Any], make_package: Maker
 ) -> None:
-    pytest.importorskip("deltahub.package")
     folder = make_package(shards=3)
     (folder / "notes.txt").write_text("mine")
     one = push(folder, REPO, private=True, message="first", **sending)
@@ -388,7 +386,6 @@ def test_push_and_pull_and_push_again(
 def test_push_to_branches_and_pull_requests(
     hub: LoopbackHub, cache: Path, sending: dict[str, Any], make_package: Maker
 ) -> None:
-    pytest.importorskip("deltahub.package")
     first, second = make_package(), make_package("second", seed=1)
     main = push(first, REPO, **sending).commit
     branch = push(second, REPO, revision="v2", **sending)
@@ -405,7 +402,6 @@ def test_push_to_branches_and_pull_requests(
 
 
 def test_somebody_was_quicker(hub: LoopbackHub, sending: dict[str, Any], make_package: Maker) -> None:
-    pytest.importorskip("deltahub.package")
     push(make_package(), REPO, **sending)
     with hub.fault("*/preupload/*", then=lambda: hub.commit(REPO, {"x": b"1"}), times=1):
         fails("E_HUB_CONFLICT", lambda: push(make_package("second", seed=1), REPO, **sending))
@@ -413,7 +409,6 @@ def test_somebody_was_quicker(hub: LoopbackHub, sending: dict[str, Any], make_pa
 
 
 def test_a_broken_package_is_not_pushed(hub: LoopbackHub, sending: dict[str, Any], make_package: Maker) -> None:
-    pytest.importorskip("deltahub.package")
     folder = make_package()
     data = bytearray((folder / "delta.safetensors").read_bytes())
     data[-1] ^= 1
@@ -424,7 +419,6 @@ def test_a_broken_package_is_not_pushed(hub: LoopbackHub, sending: dict[str, Any
 
 
 def test_what_is_no_repository_to_push_to(sending: dict[str, Any], make_package: Maker) -> None:
-    pytest.importorskip("deltahub.package")
     for name in ("delta", "hf://a/b/sub", "./x/y", "s3://a/b"):
         fails("E_HUB_SOURCE", lambda name=name: push(make_package(name[:1] + str(len(name))), name, **sending))
 
