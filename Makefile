@@ -56,7 +56,7 @@ quick: venv
 	$(PY) -m pytest -n $(WORKERS) -q -m 'not slow'
 
 bench: venv
-	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(PY) "$$file"; done
+	$(PY) -m benchmarks
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
