@@ -14,6 +14,7 @@ from deltahub.sites import SITE_PREFIX, Part, Site, Switch
 
 __all__ = [
     "REGISTRY",
+    "Attached",
     "Registry",
     "activate",
     "active_names",
@@ -54,6 +55,7 @@ class Registry(dict[str, Any]):
 
 
 def registry(model: nn.Module) -> Registry | None:
+    """The deltas of a model that was attached to; ``None`` for a plain one."""
     return model.__dict__.get(REGISTRY)
 
 
@@ -64,10 +66,12 @@ def deltas(model: nn.Module) -> Mapping[str, Any]:
 
 
 def active_names(home: Registry) -> list[str]:
+    """Names of the deltas that act, in order."""
     return home.switch.key.split("\n") if home.switch.key else []
 
 
 def activate(home: Registry, names: Sequence[str], *, check: bool = True) -> None:
+    """Let exactly these deltas act."""
     if check:
         check_conflicts([home[name] for name in names])
     home.switch.key = "\n".join(names)
@@ -157,6 +161,7 @@ def _lookup(home: Mapping[str, Any], name: str) -> Any:
 
 
 def thaw(model: nn.Module, home: Registry) -> None:
+    """Give every parameter of the backbone the ``requires_grad`` that it had before the first delta."""
     if home.frozen is not None:
         for name, parameter in model.named_parameters():
             if name in home.frozen:
@@ -164,6 +169,7 @@ def thaw(model: nn.Module, home: Registry) -> None:
 
 
 def freeze(model: nn.Module, home: Registry) -> None:
+    """Freeze the backbone once, and remember what was trainable."""
     if home.frozen is None:
         named = [(n, p) for n, p in model.named_parameters() if SITE_PREFIX not in n]
         home.frozen = {name: parameter.requires_grad for name, parameter in named}

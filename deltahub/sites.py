@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from deltahub.kinds import Kind, Port
     from deltahub.kinds.host_shape import HostShape
 
-__all__ = ["SITE_PREFIX", "Bound", "Part", "Plan", "Site", "Slot", "Switch", "change_of"]
+__all__ = ["SITE_PREFIX", "Bound", "Caller", "Part", "Plan", "Site", "Slot", "Switch", "change_of"]
 
 SITE_PREFIX = "deltahub:"
 """Sites are child modules of their host under this prefix; their tensors stay out of ``state_dict()``."""
@@ -94,23 +94,29 @@ class Site(nn.Module):
     but absent from ``state_dict()``: the backbone's own keys stay what they were.
     """
 
+    delta: str
+    module: str
+    path: str
+    bound: Bound
+    dropout: float
+    merged: bool
+    names: tuple[str, ...]
+    mixed: bool
+
     def __init__(
         self, *, delta: str, module: str, path: str, bound: Bound, tensors: Mapping[str, Tensor], dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.delta = delta
-        self.module = module
-        self.path = path
-        self.bound = bound
-        self.dropout = dropout
-        self.merged = False
-        self.names = tuple(tensors)
+        # None of these is a parameter or a module, and attaching makes many sites: past nn.Module's own setattr.
+        self.__dict__.update(
+            delta=delta, module=module, path=path, bound=bound, dropout=dropout, merged=False, names=tuple(tensors)
+        )
         for name, tensor in tensors.items():
             if isinstance(tensor, nn.Parameter):
                 self._parameters[name] = tensor
             else:
                 self._buffers[name] = tensor
-        self.mixed = bool(self._buffers)
+        self.__dict__["mixed"] = bool(self._buffers)
 
     @property
     def key(self) -> str:
