@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Reading"]
 
+_BRIEF = ("private", "downloads", "likes", "tags", "library_name", "pipeline_tag", "createdAt")
+
 
 class Reading:
     """Handlers that change nothing."""
@@ -44,7 +46,9 @@ class Reading:
     async def info(self, request: Request) -> object:
         repository = self.state.repository(request)
         revision = text(request, "rest") or "main"
-        return self.describe(repository, revision, sizes=flag(request.query_params.get("blobs")))
+        description = self.describe(repository, revision, sizes=flag(request.query_params.get("blobs")))
+        expand = request.query_params.getlist("expand")
+        return _chosen(description, expand) if expand else description
 
     def describe(self, repository: Repository, revision: str, *, sizes: bool = False) -> dict[str, Any]:
         """What the Hub tells about a repository."""
@@ -88,7 +92,9 @@ class Reading:
                 found.append(description)
         key = {"likes": "likes", "downloads": "downloads", "createdAt": "createdAt"}.get(query.get("sort", ""))
         found.sort(key=lambda item: item[key or "lastModified"], reverse=True)
-        return self._page(request, found, limit=int(query.get("limit", 1000)))
+        expand = query.getlist("expand") or ([] if flag(query.get("full")) else list(_BRIEF))
+        listed = [_chosen(item, expand) if expand else item for item in found]
+        return self._page(request, listed, limit=int(query.get("limit", 1000)))
 
     async def refs(self, request: Request) -> object:
         repository = self.state.repository(request)
@@ -193,6 +199,11 @@ class Reading:
         if not path.exists():
             raise Refusal(404, "no such object")
         return file_response(path, {"ETag": f'"{path.name}"', "Accept-Ranges": "bytes"})
+
+
+def _chosen(description: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Only the fields that were asked for, and the names that are always there."""
+    return {key: value for key, value in description.items() if key in {"_id", "id", "modelId", *names}}
 
 
 def _tags(card: dict[str, Any]) -> list[str]:

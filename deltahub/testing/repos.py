@@ -137,6 +137,7 @@ class Repository:
 
     def resolve(self, revision: str) -> str:
         """The commit of a branch, a tag, a pull request or an abbreviated commit id."""
+        revision = "main" if revision == "HEAD" else revision
         for found in (self.branches.get(revision), self.tags.get(revision)):
             if found:
                 return found
