@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
 from deltahub.errors import TensorFileError, printable
+from deltahub.limits import DEFAULT
 from deltahub.tensors.dtypes import DTYPES
 
 if TYPE_CHECKING:
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from io import FileIO
 
-MAX_HEADER = 16 << 20
-MAX_TENSORS = 100_000
+MAX_HEADER = DEFAULT.tensors_header_bytes
+MAX_TENSORS = DEFAULT.tensors_count
 MAX_RANK = 16
-MAX_NAME = 1024
+MAX_NAME = DEFAULT.manifest_text_length
 MAX_BITS = 1 << 63  # of one tensor, empty dimensions counted as 1
 
 Entry: TypeAlias = tuple[str, tuple[int, ...], int, int]
