@@ -6,6 +6,7 @@ import ast
 import re
 import tomllib
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ def codes_in(tree: ast.AST) -> tuple[set[str], list[int]]:
     return whole, built
 
 
+@cache
 def source_codes() -> dict[str, set[Path]]:
     found: dict[str, set[Path]] = {}
     for folder in ("deltahub", "converters"):
@@ -38,6 +40,7 @@ def source_codes() -> dict[str, set[Path]]:
     return found
 
 
+@cache
 def described() -> dict[str, tuple[Path, dict[str, object]]]:
     entries: list[tuple[str, Path, dict[str, object]]] = []
     for path in sorted((ROOT / "spec" / "errors").glob("*.toml")):

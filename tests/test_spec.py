@@ -54,7 +54,7 @@ def limits_table() -> str:
         for room, table in tomllib.loads(source).items()
         for name, value in table.items()
     ]
-    from deltahub.kinds import document, fields, language
+    from deltahub.kinds import check, document, fields, language, layout
 
     rows += [
         f"| `kinds.{name}` | {spaced(value)} | {what} |"
@@ -65,6 +65,17 @@ def limits_table() -> str:
             ("nodes", language.MAX_NODES, "names, numbers, operators and calls in one program"),
             ("unrolled", language.MAX_UNROLLED, "the same, with loops unrolled"),
             ("depth", language.MAX_DEPTH, "expressions inside one another, and open brackets"),
+            ("tensor", layout.MAX_ELEMENTS, "elements of one tensor of a delta"),
+            (
+                "merged_value",
+                check.MERGED_FLOOR,
+                f"elements of a value in `weight`, `bias`, or {check.MERGED_GROWTH} times those of weight and tensors",
+            ),
+            (
+                "live_value",
+                check.LIVE_FLOOR,
+                f"elements of a value in the other ports, or {check.LIVE_GROWTH} times those of the activations",
+            ),
             ("string", language.MAX_STRING, "characters of a string in a program"),
             ("config_integer", fields.MAX_CONFIG_INTEGER, "greatest integer in a config"),
             ("config_string", fields.MAX_CONFIG_STRING, "characters of a string in a config"),

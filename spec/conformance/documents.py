@@ -36,6 +36,16 @@ def changed(**changes: Any) -> dict[str, Any]:
     return document
 
 
+def alone(port: str, text: Any, **more: Any) -> dict[str, Any]:
+    """A document with one equation and what it uses."""
+    return {"kind": "com.example.gate", "version": 1, "hosts": ["linear"], **more, "equations": {port: text}}
+
+
+USES = "y + scale * linear(host(x, down), up) + 0 * sum(add, -1)"
+"""An equation that uses one tensor more."""
+UP = {"up": {"shape": ["out", 2]}}
+
+
 def documents() -> list[dict[str, Any]]:
     """Documents alone, and documents with a config on a host."""
     cases: list[dict[str, Any]] = []
@@ -57,9 +67,10 @@ def documents() -> list[dict[str, Any]]:
         config__scale={"type": "number", "default": 1.0, "minimum": 0, "exclusiveMaximum": 8, "description": "d"},
         config__how={"type": "string", "enum": ["relu", "gelu"], "default": "gelu"},
         config__twice={"type": "boolean", "default": False},
+        equations={"output": {"when": {"twice": False}, "expr": "y + scale * activation(linear(host(x, down), up), how)"}},
         tensors__up={"shape": ["out", "rank"], "init": "normal(0.5)", "dtype": "float", "trainable": True, "description": "d"},
     ))  # fmt: skip
-    good("arithmetic in a shape", "DH-5.3-1", changed(tensors__up__shape=["out", "in // 2 * rank - rank * 2"]) | {"equations": {"output": "y"}},
+    good("arithmetic in a shape", "DH-5.3-1", changed(tensors__up__shape=["out", "in // 2 * rank - rank * 2"]),
          {"up": [4, 2]}, **on)  # fmt: skip
     good(
         "*kernel is nothing on a linear host",
@@ -68,13 +79,20 @@ def documents() -> list[dict[str, Any]]:
         {"down": [2, 6]},
         **on,
     )
-    good("*weight", "DH-5.3-1", changed(tensors__whole={"shape": ["*weight"]}), {"whole": [4, 6]}, **on)
+    good(
+        "*weight",
+        "DH-5.3-1",
+        alone("weight", "W + whole", tensors={"whole": {"shape": ["*weight"]}}),
+        {"whole": [4, 6]},
+        config={},
+        host=HOST,
+    )
     good("a tensor whose condition does not hold is absent", "DH-5.3-2",
-         changed(tensors__add={"shape": ["out"], "when": {"bias": False}}, equations__output="y + linear(host(x, down), up, add)"),
+         changed(tensors__add={"shape": ["out"], "when": {"bias": False}}, equations__output="y + scale * linear(host(x, down), up, add)"),
          {"down": [2, 6], "up": [4, 2]}, **on)  # fmt: skip
     cases.append({**cases.pop(), "clause": ["DH-5.3-2", "DH-5.4-3"]})
     bad("nothing where a tensor is needed", "DH-5.3-2", [OP, SHAPE, NAME, TENSOR],
-        changed(tensors__add={"shape": ["out"], "when": {"bias": False}}, equations__output="y + add"), **on)  # fmt: skip
+        alone("output", "y + add", tensors={"add": {"shape": ["out"], "when": {"bias": False}}}), config={}, host=HOST)  # fmt: skip
     for member in ("kind", "version", "hosts", "equations"):
         bad(f"no {member}", "DH-5.1-1", DOCUMENT, changed(**{member: MISSING}))
     for path, value in (
@@ -146,11 +164,16 @@ def documents() -> list[dict[str, Any]]:
             f"the shape {shape}",
             "DH-5.3-1",
             [SHAPE, DOCUMENT, NUMBER, TENSOR, LIMIT],
-            changed(tensors__add={"shape": shape}),
+            changed(tensors__add={"shape": shape}, equations__output=USES),
             **on,
         )
     for shape in ([1.5], [None], [[1]], ["size"], ["len(in)"], ["in.shape"], [1] * 9, ["__import__"]):
-        bad(f"the shape {shape}", "DH-5.3-1", [DOCUMENT, NAME, OP, SYNTAX], changed(tensors__add={"shape": shape}))
+        bad(
+            f"the shape {shape}",
+            "DH-5.3-1",
+            [DOCUMENT, NAME, OP, SYNTAX],
+            changed(tensors__add={"shape": shape}, equations__output=USES),
+        )
     for dtype in ("F32", "double", "float64", "object", ""):
         bad(f"the dtype {dtype!r}", "DH-5.3-3", DOCUMENT, changed(tensors__up__dtype=dtype))
     bad(
@@ -161,8 +184,8 @@ def documents() -> list[dict[str, Any]]:
     )
     for port in ("outputs", "forward", "kv2", "Output"):
         bad(f"an equation for {port}", "DH-5.4-1", DOCUMENT, {**PLAIN, "equations": {port: "x"}})
-    bad("host in a weight equation", "DH-5.4-1", OP, changed(equations={"weight": "host(W, down)"}))
-    bad("base in an output equation", "DH-5.4-1", OP, changed(equations={"output": "base(x)"}))
+    bad("host in a weight equation", "DH-5.4-1", OP, alone("weight", "host(W, W)"))
+    bad("base in an output equation", "DH-5.4-1", OP, alone("output", "base(x)"))
     for port, text in (
         ("output", "y[0]"),
         ("input", "cat(x, x)"),
@@ -171,9 +194,16 @@ def documents() -> list[dict[str, Any]]:
         ("replace", "x"),
         ("output", "up"),
     ):
-        bad(f"a value of the wrong shape: {port} = {text}", "DH-5.4-2", SHAPE, changed(equations={port: text}), **on)
+        bad(
+            f"a value of the wrong shape: {port} = {text}",
+            "DH-5.4-2",
+            SHAPE,
+            alone(port, text, **({"tensors": UP} if text == "up" else {})),
+            config={},
+            host=HOST,
+        )
     when = [{"when": {"twice": True}, "expr": "y + y"}, {"when": {"rank": [2, 3]}, "expr": "y"}]
-    choice = changed(config__twice={"type": "boolean", "default": False}, equations={"output": when})
+    choice = alone("output", when, config={"rank": {"type": "integer"}, "twice": {"type": "boolean", "default": False}})
     good("a case that holds", "DH-5.4-3", choice, **on)
     bad(
         "no case holds, and there is no other port",
@@ -182,6 +212,15 @@ def documents() -> list[dict[str, Any]]:
         choice,
         config={"rank": 4},
         host=HOST,
+    )
+    for name in ("config", "tensors"):
+        entry = {"type": "integer", "default": 1} if name == "config" else {"shape": ["out"]}
+        bad(f"{name} that nothing uses", "DH-5.1-4", DOCUMENT, {**PLAIN, name: {**PLAIN[name], "idle": entry}})
+    used = {**PLAIN["config"], "width": {"type": "integer", "default": 2}}
+    good(
+        "a config value that only a shape uses",
+        "DH-5.1-4",
+        changed(config=used, tensors__down__shape=["rank", "in * width // width"]),
     )
     bad(
         "a family that is not among the hosts",
@@ -192,26 +231,29 @@ def documents() -> list[dict[str, Any]]:
         host={"family": "norm", "in": 4, "out": 4, "bias": True},
     )
     bad("a result of a thousand million elements", ["DH-5.6-5", "DH-10-1"], [LIMIT, SHAPE],
-        changed(equations={"output": "y + sum(zeros((1000, 1000, 1000), like=y), (0, 1, 2))"}), **on)  # fmt: skip
+        alone("output", "y + sum(zeros((1000, 1000, 1000), like=y), (0, 1, 2))"), config={}, host=HOST)  # fmt: skip
     bad(
         "a hundred thousand rounds",
         ["DH-5.6-5", "DH-10-1"],
         LIMIT,
-        changed(equations={"output": "sum(y * i for i in range(100000))"}),
-        **on,
+        alone("output", "sum(y * i for i in range(100000))"),
+        config={},
+        host=HOST,
     )
     bad(
         "a loop over a tensor's values",
         "DH-5.6-4",
         [SYNTAX, NUMBER, NAME, OP, SHAPE],
-        changed(equations={"output": "sum(y for i in range(up))"}),
-        **on,
+        alone("output", "sum(y for i in range(up))", tensors=UP),
+        config={},
+        host=HOST,
     )
     bad(
         "an index that is a tensor",
         "DH-5.6-4",
         [SYNTAX, NUMBER, NAME, OP, SHAPE],
-        changed(equations={"output": "y[up]"}),
-        **on,
+        alone("output", "y[up]", tensors=UP),
+        config={},
+        host=HOST,
     )
     return cases

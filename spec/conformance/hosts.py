@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -209,11 +210,12 @@ def on_axes() -> list[dict[str, Any]]:
             ("replace", "base(x) + linear(host(x, W), m)", y + mixed(host, applied(host, x, w), t["m"])),
         ):
             given = {"x": x, "y": y} if port == "output" else {"x": x} if port == "replace" else {}
-            doc = document(text, t, port, hosts=["linear", "conv"])
+            used = {n: a for n, a in t.items() if re.search(rf"\b{n}\b", text)}
+            doc = document(text, used, port, hosts=["linear", "conv"])
             cases.append({
                 "description": f"{text}, {name}: {port}", "clause": ["DH-5.5-2", "DH-5.7-1"], "document": doc, "config": {}, "host": host,
                 "port": port, **{n: tensor(a) for n, a in given.items()}, "W": tensor(w), "b": tensor(b),
-                "tensors": {n: tensor(a) for n, a in t.items()},
+                "tensors": {n: tensor(a) for n, a in used.items()},
                 "valid": True, "expect": {"value": tensor(value)}, "tolerance": 1e-5,
             })  # fmt: skip
     return cases

@@ -174,7 +174,12 @@ def packages() -> list[dict[str, Any]]:
     )
     bad("a byte less than listed", "DH-3.1-6", size, {**sound, "delta.safetensors": raw(data[:-1])})
     bad("a byte more than listed", "DH-3.1-6", size, {**sound, "delta.safetensors": raw(data + b"\0")})
-    bad("one bit changed", ["DH-3.1-6", "DH-3.1-7"], sha, {**sound, "delta.safetensors": raw(data[:-1] + bytes([data[-1] ^ 1]))})
+    bad(
+        "one bit changed",
+        ["DH-3.1-6", "DH-3.1-7"],
+        sha,
+        {**sound, "delta.safetensors": raw(data[:-1] + bytes([data[-1] ^ 1]))},
+    )
     bad(
         "one bit of the header changed",
         "DH-3.1-6",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from expressions import document, numbers
@@ -35,7 +36,11 @@ def refusals() -> list[dict[str, Any]]:
     cases: list[dict[str, Any]] = []
 
     def case(clause: str | list[str], code: str | list[str], text: str, description: str | None = None) -> None:
-        body = {"document": document(text, {"a": numbers(3)}), "valid": False, "error_code": code}
+        body = {
+            "document": document(text, {"a": numbers(3)} if re.search(r"\ba\b", text) else {}),
+            "valid": False,
+            "error_code": code,
+        }
         if code == NUMBER:  # found when the equation is worked out for a host
             body = {"host": {"family": "block"}, **body}
         cases.append({"description": description or repr(text), "clause": clause, **body})
