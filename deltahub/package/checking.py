@@ -28,6 +28,7 @@ Header = Mapping[str, tuple[str, tuple[int, ...]]]
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _SHOWN = 1000
+_SPATIAL = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,10 +176,10 @@ def _wanted(site: Site, shape: HostShape, known: Mapping[str, tuple[int, ...]]) 
     except KindError as error:
         if error.code != "E_KIND_HOST":
             raise
-        return _undecided(site, shape, known, error)
+        return _undecided(site, shape, known)
 
 
-def _undecided(site: Site, shape: HostShape, known: Mapping[str, tuple[int, ...]], error: KindError) -> dict[str, str]:
+def _undecided(site: Site, shape: HostShape, known: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """Compare names and ranks where the tensors do not tell a size.
 
     Either the tensor that would tell it is missing or has another rank, or a length such as out / 2 cannot be read
@@ -186,17 +187,16 @@ def _undecided(site: Site, shape: HostShape, known: Mapping[str, tuple[int, ...]
     """
     fields = site.kind.document.tensors
     present = {name: f.dtype for name, f in fields.items() if holds(f.when, conditions(site.config, shape))}
+    complete = known.keys() >= present.keys()
+    spread = any(dim.spread for name in present for dim in fields[name].dims)
     for name, lengths in known.items():
-        dims = fields[name].dims if name in present else ()
-        if name not in present or (len(lengths) != len(dims) and not any(dim.spread for dim in dims)):
+        if name not in present or (complete and (spread or len(lengths) != len(fields[name].dims))):
             raise PackageError(
                 "E_PACKAGE_TENSORS",
-                f"the tensor {name!r} is not one that its kind has under this config",
+                f"the tensor {name!r} does not have a name and shape that its kind gives it under this config",
                 expected={n: [dim.text for dim in fields[n].dims] for n in present},
                 found={name: list(lengths)},
             )
-    if known.keys() == present.keys() and any(dim.spread for name in present for dim in fields[name].dims):
-        raise error
     return present
 
 
@@ -245,6 +245,7 @@ def _hosts(site: Site, known: Mapping[str, tuple[int, ...]]) -> Iterator[HostSha
             continue
         sizes = _sizes(site.kind, family, known)
         kernel: tuple[int, ...] = sizes.get("kernel", ()) if family == "conv" else ()
+        kernel = kernel if len(kernel) <= _SPATIAL else ()
         yield HostShape(
             family=family,  # type: ignore[arg-type]
             d_in=sizes.get("iN"),

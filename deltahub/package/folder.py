@@ -103,7 +103,8 @@ def unlisted(folder: Path, listed: Collection[str], *, limits: Limits) -> tuple[
     while waiting:
         prefix = waiting.pop()
         try:
-            entries = sorted(os.scandir(folder / prefix), key=lambda entry: entry.name)
+            with os.scandir(folder / prefix) as found_here:
+                entries = sorted(found_here, key=lambda entry: entry.name)
         except OSError:
             found.append(prefix)
             continue

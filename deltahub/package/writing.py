@@ -100,7 +100,7 @@ def _check_place(target: Path, *, overwrite: bool) -> bytes | None:
             return None
         if target.is_symlink() or not target.is_dir():
             raise PackageError("E_PACKAGE_EXISTS", "this is not a folder", where=target)
-        held = {entry.name for entry in os.scandir(target)}
+        held = set(os.listdir(target))  # noqa: PTH208
         if not held:
             return None
         if not overwrite:
@@ -172,6 +172,10 @@ def _beside(target: Path) -> Iterator[Path]:
             made.append(parent)
         folder.mkdir()
         yield folder
+    except DeltaHubError as error:
+        if error.where is not None:
+            error.where = str(error.where).replace(str(folder), str(target))
+        raise
     except OSError as error:
         raise _unwritable(target, error) from None
     finally:
@@ -186,7 +190,7 @@ def _swap(folder: Path, target: Path) -> None:
     """Put the new folder in the old one's place; at no moment is there half of either."""
     old: Path | None = None
     if target.exists():
-        if any(os.scandir(target)):
+        if os.listdir(target):  # noqa: PTH208
             old = target.with_name(f"{folder.name}.old")
             target.rename(old)
         else:
