@@ -19,7 +19,7 @@ from deltahub.kinds.host_shape import FAMILIES
 from deltahub.kinds.language import parse
 from deltahub.kinds.ops import nearest
 from deltahub.kinds.tables import MAX_ITEMS, Table, plain
-from deltahub.kinds.tree import Program, references
+from deltahub.kinds.tree import Binary, Items, Name, Negative, Number, Program, references, walk
 
 __all__ = ["CONTEXT", "FACTS", "INITIALISERS", "LIVE_PORTS", "MERGED_PORTS", "PORTS", "Document"]
 
@@ -318,14 +318,23 @@ class _Reader:
         names = frozenset(
             {n for n, f in self.config.items() if f.type in {"integer", "number"}} | {"out", _IN_STAND_IN}
         )
-        return parse(_IN.sub(_IN_STAND_IN, shown), where=f"{self.where}, {path}", names=names, shown=shown)
+        program = parse(_IN.sub(_IN_STAND_IN, shown), where=f"{self.where}, {path}", names=names, shown=shown)
+        nodes = walk(*(program.result.items if isinstance(program.result, Items) else program.nodes))
+        wrong = next((n for n in nodes if not isinstance(n, Number | Name | Negative | Binary)), None)
+        if wrong is not None or program.steps:
+            place = program.place if wrong is None else wrong.place
+            raise place.error("E_KIND_NUMBER", "only numbers and arithmetic can stand here")
+        return program
 
     def dim(self, value: object, path: str) -> Dim:
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise Table({}, self.where, path).error("must be a whole number or an expression", value)
         if value in {"*kernel", "*weight"}:
             return Dim(str(value), str(value)[1:], None)
-        return Dim(str(value), None, self.numbers(str(value), path))
+        program = self.numbers(str(value), path)
+        if isinstance(program.result, Items):
+            raise Table({}, self.where, path).error("must be one length", value)
+        return Dim(str(value), None, program)
 
     def initial(self, text: str, path: str) -> Initial:
         match = _INIT.fullmatch(text)

@@ -87,6 +87,8 @@ _DRAWS: Mapping[str, Draw] = {
     "eye": _eye,
     "indices": _indices,
 }
+_FRESH = frozenset({"zeros", "ones", "normal", "uniform", "kaiming_uniform", "xavier_uniform", "xavier_normal"})
+"""Draws that are contiguous, of the asked shape, and in nobody else's memory."""
 
 
 def _same(value: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -142,6 +144,8 @@ def initial(
     """
     fixed = dtype if spec.dtype == "float" else getattr(torch, spec.dtype)
     try:
+        if spec.init in _FRESH and fixed is torch.get_default_dtype() and device in {None, generator.device}:
+            return _DRAWS[spec.init](spec.shape, generator, *spec.arguments)
         with torch.no_grad():
             if spec.init in {"weight", "bias"}:
                 value = _copied(spec, W, b)

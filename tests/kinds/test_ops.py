@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from deltahub.kinds import Document, HostShape, Kind
-from deltahub.kinds.ops import ACTIVATIONS, CHANNEL_OPS, OPS, WEIGHT_OPS, BadCallError, nearest
+from deltahub.kinds import HostShape
+from deltahub.kinds.compile import build
+from deltahub.kinds.language import parse
 from deltahub.kinds.numpy_ops import ACTIVATION_TWINS, TWINS
-from deltahub.kinds.reference import Host, run
+from deltahub.kinds.ops import ACTIVATIONS, CHANNEL_OPS, OPS, WEIGHT_OPS
+from deltahub.kinds.reference import Host, _Walk
 from deltahub.kinds.torch_ops import ACTIVATION_FUNCTIONS, FUNCTIONS, TARGETS
 
 ON_HOST = CHANNEL_OPS | WEIGHT_OPS | {"host", "base", "activation"}
@@ -97,20 +99,6 @@ CASES: dict[str, tuple[dict[str, tuple[int, ...]], list[str]]] = {
 LINES = [(name, tensors, line) for name, (tensors, lines) in CASES.items() for line in lines]
 
 
-def document(tensors: dict[str, tuple[int, ...]], line: str, port: str = "replace") -> Document:
-    return Document.parse(
-        {
-            "kind": "com.example.op",
-            "version": 1,
-            "hosts": ["block"],
-            "tensors": {
-                f"t_{n}": {"shape": list(s), "dtype": "int64" if n in "ij" else "float"} for n, s in tensors.items()
-            },
-            "equations": {port: line},
-        }
-    )
-
-
 def arrays(tensors: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     made = {}
@@ -124,18 +112,8 @@ def arrays(tensors: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarr
             value = rng.integers(0, 3, shape)
         if name == "j":
             value = rng.permutation(3)[: shape[0]]
-        made[f"t_{name}"] = value
+        made[name] = value
     return made
-
-
-def prefixed(line: str, tensors: dict[str, tuple[int, ...]]) -> str:
-    import re
-
-    return re.sub(rf"\b({'|'.join(tensors)})\b(?!=|[^']*'\s*[,)])(?! for|\))(?!\s*in\b)", r"t_\1", line)
-
-
-def names_of(tensors: dict[str, tuple[int, ...]]) -> str:
-    return "\n".join(f"{n} = t_{n}" for n in tensors if n not in {"i", "y", "x"})
 
 
 def test_the_three_tables_hold_the_same_operations() -> None:
@@ -153,19 +131,13 @@ def test_every_operation_has_a_case() -> None:
 
 @pytest.mark.parametrize(("name", "tensors", "line"), LINES, ids=[line for _, _, line in LINES])
 def test_torch_computes_what_numpy_says(name: str, tensors: dict[str, tuple[int, ...]], line: str) -> None:
-    from deltahub.kinds.compile import build
-    from deltahub.kinds.language import parse
-
     program = parse(line, where=name, names=frozenset(tensors))
-    made = {n.removeprefix("t_"): a for n, a in arrays(tensors, seed=len(line)).items()}
+    made = arrays(tensors, seed=len(line))
     shape = HostShape(family="block")
     built = build(
         program, inputs=("host",), tensors=tuple(tensors), absent=frozenset(), values={}, shape=shape, live=True
     )
     torch_value = built.fn(None, *(torch.from_numpy(a) for a in made.values()))
-
-    from deltahub.kinds.reference import _Walk
-
     numpy_value = np.asarray(_Walk(dict(made), Host(shape=shape)).value(program.result))
     assert tuple(torch_value.shape) == numpy_value.shape
     assert str(torch_value.dtype).removeprefix("torch.") == str(numpy_value.dtype)
