@@ -22,7 +22,7 @@ from deltahub.delta import Delta
 from deltahub.errors import HostError, InjectionError, KindError, TargetError, UsageError
 from deltahub.hosts import BLOCK, view_of
 from deltahub.injection import add_site, slot_of
-from deltahub.kinds import Document, Kind
+from deltahub.kinds import Document, Kind, TensorSpec
 from deltahub.roles import ROLE_PREFIX, paths_of
 from deltahub.sites import SITE_PREFIX, Bound, Part, Site
 from deltahub.targets import select
@@ -141,7 +141,7 @@ def attach_parts(
     generator = generator or torch.default_generator
     built: list[tuple[Part, nn.Module, Site]] = []
     for part in parts:
-        known: dict[HostShape, Bound] = {}
+        known: dict[HostShape, tuple[Bound, Mapping[str, TensorSpec]]] = {}
         for path in part.paths:
             module = _module(modules, path)
             slot = slot_of(module)
@@ -188,7 +188,7 @@ def _build(
     part: Part,
     path: str,
     module: nn.Module,
-    known: dict[HostShape, Bound],
+    known: dict[HostShape, tuple[Bound, Mapping[str, TensorSpec]]],
     dtype: torch.dtype | None,
     generator: torch.Generator,
 ) -> Site:
@@ -201,13 +201,12 @@ def _build(
         if given is not None:
             shapes = {n: tuple(t.shape) for n, t in given.items()}
             shape = part.kind.bind(part.config, shape, shapes)
-            specs = part.kind.tensors(part.config, shape, known=shapes)
-        else:
+            part.kind.tensors(part.config, shape, known=shapes)
+        if shape not in known:
             specs = part.kind.tensors(part.config, shape)
-        bound = known.get(shape)
-        if bound is None:
-            bound = known[shape] = Bound(part.kind, part.config, shape)
-            _check_context(bound, module, path)
+            known[shape] = Bound(part.kind, part.config, shape), specs
+            _check_context(known[shape][0], module, path)
+        bound, specs = known[shape]
     except KindError as error:
         error.where = f"{path} ({base.__name__}), {error.where}" if error.where else f"{path} ({base.__name__})"
         raise

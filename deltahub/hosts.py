@@ -9,6 +9,7 @@ and no weight that a delta may touch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import cast
 
@@ -24,8 +25,9 @@ _CONV1D_NAMES = frozenset({"transformers.pytorch_utils.Conv1D"})
 """GPT-2's linear layer, recognised by name so that transformers is never imported for it."""
 
 
-def _qualified(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+@functools.cache
+def _is_conv1d(cls: type) -> bool:
+    return any(f"{c.__module__}.{c.__qualname__}" in _CONV1D_NAMES for c in cls.__mro__)
 
 
 def _call_with(module: nn.Module, base: type[nn.Module], parameters: dict[str, Tensor | None], x: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ class _Conv1DView(_LinearView):
     name = "CONV1D"
 
     def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:
-        return any(_qualified(c) in _CONV1D_NAMES for c in base.__mro__)
+        return _is_conv1d(base)  # type: ignore[arg-type]  # mypy sees the hash of instances
 
     def shape(self, module: nn.Module, base: type[nn.Module]) -> HostShape:
         d_in, d_out = cast(Tensor, module.weight).shape

@@ -130,8 +130,8 @@ def add_site(module: nn.Module, site: Site, switch: Switch) -> None:
     if slot is None:
         slot = Slot(module=module, switch=switch)
         module.__dict__["_deltahub"] = slot
-        module.__class__ = hosted(slot.base)
-    site.training = module.training
+        object.__setattr__(module, "__class__", hosted(slot.base))
+    site.__dict__["training"] = module.training  # past nn.Module's own setattr, which looks for parameters
     slot.sites.append(site)
     slot.plans.clear()
     module._modules[site.key] = site

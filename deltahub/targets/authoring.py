@@ -194,10 +194,6 @@ def _prefixes(path: str) -> list[str]:
     return [path[:at] for at, c in enumerate(path) if c == "."] + [path]
 
 
-def _suffixes(path: str) -> list[str]:
-    return [path] + [path[at + 1 :] for at, c in enumerate(path) if c == "."]
-
-
 def _names(cls: type) -> tuple[str, str]:
     return cls.__name__, f"{cls.__module__}.{cls.__qualname__}"
 
@@ -212,7 +208,8 @@ def _matches(modules: Mapping[str, object], selector: Selector) -> set[str]:
     alternatives = multiply(parse(selector, stars=True), DEFAULT.targets_count)
     exact = {text for text in alternatives if text in modules}
     plain = {text for text in alternatives if "*" not in text} - exact
-    found = exact | {path for path in modules if plain and not plain.isdisjoint(_suffixes(path))}
+    endings = tuple(f".{text}" for text in plain)
+    found = exact | {path for path in modules if path.endswith(endings)}
     for text in alternatives:
         if "*" in text:
             pattern = ["**", *text.split(".")]

@@ -1,0 +1,43 @@
+"""``python -m benchmarks [attach] [load] [forward] [--quick]``: measure, print, and write ``benchmarks/out``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import tempfile
+import warnings
+
+NAMES = ("attach", "load", "forward")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which of {', '.join(NAMES)}; all of them by default")
+    parser.add_argument("--quick", action="store_true", help="the smaller model and fewer repeats")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 where a goal is missed")
+    given = parser.parse_args(arguments)
+    if unknown := set(given.names) - set(NAMES):
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}")
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    warnings.simplefilter("ignore")
+
+    import torch
+
+    torch.set_num_threads(1)
+    missed = 0
+    with tempfile.TemporaryDirectory(prefix="deltahub-bench-") as home:
+        os.environ.setdefault("HF_HOME", home)
+        os.environ["DELTAHUB_HOME"] = home
+        for name in given.names or NAMES:
+            print(f"== {name}", flush=True)
+            report = importlib.import_module(f"benchmarks.{name}").run(quick=given.quick)
+            print("\n" + report.markdown())
+            print("written:", *report.write())
+            missed += sum(not goal["met"] for goal in report.goals)
+    return int(given.strict and missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

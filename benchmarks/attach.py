@@ -1,0 +1,51 @@
+"""Attaching a fresh LoRA r=16 to all linear layers: ``deltahub.attach`` and ``peft.get_peft_model``."""
+
+from __future__ import annotations
+
+import deltahub
+from benchmarks.harness import LAYERS12, LAYERS22, LINEARS, RANK, SCALE, Report, Shape, build, measure, peft_config
+
+__all__ = ["run"]
+
+
+def _case(report: Report, shape: Shape, *, repeats: int) -> None:
+    from peft import get_peft_model
+
+    ours, theirs, lean = build(shape), build(shape), build(shape)
+
+    def detach(delta: deltahub.Delta) -> None:
+        delta.detach()
+
+    def unload(model: object) -> None:
+        model.unload()  # type: ignore[attr-defined]
+
+    timings = measure(
+        {
+            "deltahub.attach": lambda: deltahub.attach(ours, "lora", LINEARS, name="a", rank=RANK, scale=SCALE),
+            "peft.get_peft_model": lambda: get_peft_model(theirs, peft_config()),
+            "peft, low_cpu_mem_usage, no autocast": lambda: get_peft_model(
+                lean, peft_config(), low_cpu_mem_usage=True, autocast_adapter_dtype=False
+            ),
+        },
+        after={
+            "deltahub.attach": detach,
+            "peft.get_peft_model": unload,
+            "peft, low_cpu_mem_usage, no autocast": unload,
+        },
+        repeats=repeats,
+        warmup=2,
+    )
+    report.add(shape.name, timings, base="deltahub.attach")
+    ratio = timings["peft.get_peft_model"].median / timings["deltahub.attach"].median
+    report.goal(f"attach, {shape.name}: times faster than get_peft_model", ratio, 10, at_least=True)
+
+
+def run(*, quick: bool = False) -> Report:
+    report = Report(
+        name="attach",
+        title="Attaching a fresh LoRA, r=16, on all linear layers",
+        note="Tensors are initialised on both sides, except in peft's `low_cpu_mem_usage`, which leaves them empty.",
+    )
+    for shape in (LAYERS12,) if quick else (LAYERS12, LAYERS22):
+        _case(report, shape, repeats=5 if quick else 11)
+    return report
