@@ -322,6 +322,25 @@ def test_a_broken_implementation_is_found_out(program: str, says: str) -> None:
     assert says in done.stdout or "one name" in done.stdout
 
 
+def test_a_stream_that_crashes_fails_that_case_alone() -> None:
+    program = """
+import sys
+for line in sys.stdin:
+    if "0..999999999" in line:
+        sys.exit(1)
+    print('{"skipped": "x"}', flush=True)
+"""
+    done = subprocess.run(
+        [
+            sys.executable, str(FOLDER / "runner.py"), "--stream", "--quiet", "--only", "targets/invalid.json",
+            "--clause", "DH-6-5", "--", sys.executable, "-c", program,
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert re.search(r"0 passed, 1 failed, [1-9] skipped", done.stdout), done.stdout
+
+
 def test_an_implementation_that_supports_nothing_is_skipped_and_says_so() -> None:
     done = subprocess.run(
         [

@@ -242,7 +242,7 @@ def packages() -> list[dict[str, Any]]:
         packed(modules=[{**MODULE, "config": {"rank": 65536}}]),
     )
     for dtype, width in (("I64", 8), ("I8", 1), ("U8", 1), ("BOOL", 1), ("C64", 8), ("F8_E4M3", 1)):
-        bad(f"{dtype} for a float", "DH-7.2-3", ["E_PACKAGE_DTYPE", *wrong], bias_of(dtype, b"\0" * 4 * width))
+        bad(f"{dtype} for a float", "DH-7.2-3", wrong, bias_of(dtype, b"\0" * 4 * width))
     for dtype, bits in (
         ("F32", b"\0\0\xc0\x7f"),
         ("F32", b"\0\0\x80\x7f"),

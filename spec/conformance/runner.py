@@ -263,25 +263,41 @@ def one_by_one(command: list[str], seconds: float) -> Callable[[dict[str, Any]],
 
 
 class Stream:
-    """One process that answers line by line."""
+    """One process that answers line by line; started again after a crash, which fails the case that caused it."""
 
     def __init__(self, command: list[str]) -> None:
-        self.process = subprocess.Popen(  # noqa: S603 - as above
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        self.command = command
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(  # noqa: S603 - as above
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
 
     def __call__(self, asked: dict[str, Any]) -> tuple[Any, int | None]:
+        if self.process.poll() is not None:
+            self.process = self._start()
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(asked) + "\n")
-        self.process.stdin.flush()
-        return _parsed(self.process.stdout.readline().strip()), None
+        try:
+            self.process.stdin.write(json.dumps(asked) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self.process.wait(timeout=10)
+            return "the process ended", None
+        return _parsed(line.strip()), None
 
     def close(self) -> None:
         """End the process: it stops when its input ends."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=10)
+        assert self.process.stdout is not None
+        if self.process.poll() is None:
+            self.process.stdin.close()
+            self.process.wait(timeout=10)
+        self.process.stdout.close()
 
 
 def _report(outcomes: list[Outcome], seconds: float, *, quiet: bool) -> int:
