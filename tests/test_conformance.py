@@ -326,7 +326,7 @@ def test_a_stream_that_crashes_fails_that_case_alone() -> None:
     program = """
 import sys
 for line in sys.stdin:
-    if "0..999999999" in line:
+    if "0..999999999}" in line:
         sys.exit(1)
     print('{"skipped": "x"}', flush=True)
 """
