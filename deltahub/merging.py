@@ -238,12 +238,13 @@ class Merging:
         for start in range(0, max(length, 1), max(step, 1)):
             yield start, min(length, start + step)
 
-    def weight(self, piece: Tensor, at: tuple[int, int]) -> Tensor:
-        """The new weight, or one piece of it, in the dtype given: computed in float32 at least, cast back once.
+    def weight(self, piece: Tensor, at: tuple[int, int], dtype: torch.dtype | None = None) -> Tensor:
+        """One piece of the new weight: computed in float32 at least, cast once.
 
         Args:
             piece: the canonical weight between ``at`` along :attr:`axis`.
             at: one of :meth:`pieces`.
+            dtype: what to cast to; by default what was given.
         """
         assert self.axis is not None
         w = piece.to(torch.promote_types(piece.dtype, torch.float32))
@@ -257,14 +258,15 @@ class Merging:
             ]
             new = change.ports["weight"].fn(self.host, w, None, *_like(tensors, w))
             w = blend(w, new, change.strength)
-        return w.to(piece.dtype)
+        return w.to(dtype or piece.dtype)
 
-    def bias(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def bias(self, bias: Tensor | None, dtype: torch.dtype, to: torch.dtype | None = None) -> Tensor | None:
         """The new bias where no equation for it reads the weight.
 
         Args:
             bias: the old one, if there is any.
             dtype: of the weight, which a new bias takes.
+            to: what to cast to; by default what was given.
         """
         b = None if bias is None else bias.to(torch.promote_types(bias.dtype, torch.float32))
         for change in self.changes:
@@ -273,7 +275,13 @@ class Merging:
                 own = own.to(bias.device if bias is not None else own.device)
                 new = change.ports["bias"].fn(self.host, None, own, *_like(change.tensors, own))
                 b = blend(own, new, change.strength)
-        return None if b is None else b.to(dtype if bias is None else bias.dtype)
+        return None if b is None else b.to(to or (dtype if bias is None else bias.dtype))
+
+    def changed(
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """New weight (canonical) and bias in one piece, where they cannot be cut."""
+        return at_once(self.changes, self.host, weight, bias, dtype)
 
     def whole(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """New weight (canonical) and bias, piece by piece where that is possible."""
@@ -285,11 +293,11 @@ class Merging:
                 part = weight.narrow(self.axis, at[0], at[1] - at[0])
                 new.narrow(self.axis, at[0], at[1] - at[0]).copy_(self.weight(part, at))
             return new, self.bias(bias, weight.dtype)
-        return at_once(self.changes, self.host, weight, bias)
+        return self.changed(weight, bias)
 
 
 def at_once(
-    changes: Sequence[Change], host: Any, weight: Tensor, bias: Tensor | None
+    changes: Sequence[Change], host: Any, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """New weight (canonical) and bias in one piece; gradients flow to the changes' tensors."""
     w = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -303,7 +311,8 @@ def at_once(
         if "weight" in ports:
             new_w = blend(w, ports["weight"].fn(host, w, b, *tensors), change.strength)
         w, b = new_w, new_b  # both equations saw what the change before left
-    return w.to(weight.dtype), None if b is None else b.to(weight.dtype)
+    to = dtype or weight.dtype
+    return w.to(to), None if b is None else b.to(to)
 
 
 def _like(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
