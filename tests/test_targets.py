@@ -230,7 +230,7 @@ NAMES = st.one_of(
     st.sampled_from(
         ["q", "k", "layer1", "layer2", "layer3", "layer10", "0", "1", "2", "3", "11", "007", "a-b", "_x", "1234567890"]
     ),
-    st.from_regex(r"[A-Za-z0-9_-]{1,4}", fullmatch=True),
+    st.from_regex(r"[A-Za-z0-9_-]{1,4}", fullmatch=True).filter(lambda name: not name.startswith("__")),
 )
 
 
