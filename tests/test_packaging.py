@@ -120,8 +120,14 @@ def test_editable(checkout: Path, tmp_path: Path) -> None:
     wheel = build(checkout, tmp_path / "dist", "build_editable")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    # A .pth file works only in a site directory; one that is added at run time is as good as any.
-    code = f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n{PROBE}"
+    # A .pth file works only in a site directory; one that is added at run time is as good as any. What it adds
+    # goes first, because the environment of these tests may have an editable install of its own.
+    code = f"""
+import site, sys
+before = list(sys.path)
+site.addsitedir({str(tmp_path / "site")!r})
+sys.path[:] = [p for p in sys.path if p not in before] + before
+{PROBE}"""
     done = run(code, checkout, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
