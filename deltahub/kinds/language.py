@@ -38,7 +38,7 @@ __all__ = ["LOOPS", "MAX_UNROLLED", "parse"]
 MAX_TEXT = 8192
 MAX_NODES = 2048
 MAX_DEPTH = 64
-MAX_UNROLLED = 16384
+MAX_UNROLLED = 4096
 """Nodes that are evaluated to build one equation, loops unrolled."""
 MAX_STRING = 256
 

@@ -35,7 +35,10 @@ GATE: dict[str, Any] = {
         "extra": {"type": "integer", "minimum": 1, "maximum": 9, "default": 2},
     },
     "tensors": {
-        "gate": {"shape": ["out"], "init": [{"when": {"open": True}, "init": "zeros"}, {"init": "normal(0.1 * scale)"}]},
+        "gate": {
+            "shape": ["out"],
+            "init": [{"when": {"open": True}, "init": "zeros"}, {"init": "normal(0.1 * scale)"}],
+        },
         "mix": {"shape": ["extra", "extra * 2", 3], "init": "xavier_uniform(2)", "trainable": False},
     },
     "equations": {
@@ -66,7 +69,11 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown key": (changed("tittle", "x"), "E_KIND_DOCUMENT", "tittle is unknown; did you mean title?"),
     "unknown key of a tensor": (changed("tensors/gate/inti", "x"), "E_KIND_DOCUMENT", "tensors.gate.inti is unknown"),
     "unknown key of a config": (changed("config/scale/max", 1), "E_KIND_DOCUMENT", "config.scale.max is unknown"),
-    "unknown key of a case": (changed("equations/output", {"expr": "y", "x": 1}), "E_KIND_DOCUMENT", "equations.output.x"),
+    "unknown key of a case": (
+        changed("equations/output", {"expr": "y", "x": 1}),
+        "E_KIND_DOCUMENT",
+        "equations.output.x",
+    ),
     "unknown port": (changed("equations/outptu", "y"), "E_KIND_DOCUMENT", "did you mean output?"),
     "no name": (changed("kind"), "E_KIND_DOCUMENT", "kind is missing"),
     "bad name": (changed("kind", "Com.Example"), "E_KIND_DOCUMENT", "kind must be a lower-case name"),
@@ -82,7 +89,11 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "equation is a number": (changed("equations/output", 1), "E_KIND_DOCUMENT", "equations.output must be"),
     "no case": (changed("equations/output", []), "E_KIND_DOCUMENT", "equations.output must have"),
     "case without expr": (changed("equations/output", {"when": {}}), "E_KIND_DOCUMENT", "expr is missing"),
-    "empty list of values": (changed("equations/output/0/when", {"open": []}), "E_KIND_DOCUMENT", "must be a value or a list"),
+    "empty list of values": (
+        changed("equations/output/0/when", {"open": []}),
+        "E_KIND_DOCUMENT",
+        "must be a value or a list",
+    ),
     "no shape": (changed("tensors/gate/shape"), "E_KIND_DOCUMENT", "tensors.gate.shape is missing"),
     "shape is a string": (changed("tensors/gate/shape", "out"), "E_KIND_DOCUMENT", "tensors.gate.shape must be"),
     "length is a float": (changed("tensors/gate/shape", [1.5]), "E_KIND_DOCUMENT", "tensors.gate.shape[0] must be"),
@@ -105,7 +116,7 @@ CONTRADICTORY: dict[str, tuple[dict[str, Any], str, str]] = {
     "reserved config": (changed("config/in", {"type": "integer"}), "E_KIND_NAME", "must be a lower-case name"),
     "fact as config": (changed("config/bias", {"type": "boolean"}), "E_KIND_NAME", "already taken"),
     "name twice": (changed("tensors/scale", {"shape": [1]}), "E_KIND_NAME", "already taken"),
-    "unused tensor": (changed("tensors/spare", {"shape": [1]}), "E_KIND_DOCUMENT", "tensors.spare is used by no equation"),
+    "unused tensor": (changed("tensors/spare", {"shape": [1]}), "E_KIND_DOCUMENT", "tensors.spare is used by"),
     "unused config": (changed("config/alpha", {"type": "number"}), "E_KIND_DOCUMENT", "config.alpha is used by no"),
     "default out of bounds": (changed("config/scale/default", 0), "E_KIND_DOCUMENT", "must be greater than 0"),
     "default not in enum": (changed("config/act/default", "gelu"), "E_KIND_DOCUMENT", "must be one of"),
@@ -136,7 +147,7 @@ CONTRADICTORY: dict[str, tuple[dict[str, Any], str, str]] = {
     "context not declared": (changed("equations/output", "y * grid[0]"), "E_KIND_NAME", "unknown name 'grid'"),
     "host in weight": (changed("equations", {"weight": "host(W, W)"}), "E_KIND_OP", "host(x, w) has no meaning"),
     "base in output": (changed("equations/output", "base(x)"), "E_KIND_OP", "replace only"),
-    "deep": (changed("description", {"a": {"b": {"c": {"d": {"e": {"f": {"g": {"h": {"i": 1}}}}}}}}}), "E_KIND_DOCUMENT", "8 levels"),
+    "deep": (changed("description", json.loads('{"a":' * 9 + "1" + "}" * 9)), "E_KIND_DOCUMENT", "8 levels"),
     "infinite": (changed("config/scale/maximum", float("inf")), "E_KIND_DOCUMENT", "finite numbers"),
     "long": (changed("description", "x" * 70000), "E_KIND_DOCUMENT", "longer than 65536"),
 }  # fmt: skip
@@ -187,12 +198,12 @@ def test_wrong_documents_are_refused_by_code_and_schema(case: str) -> None:
 @pytest.mark.parametrize("case", CONTRADICTORY)
 def test_contradictory_documents_are_refused(case: str) -> None:
     data, code, says = CONTRADICTORY[case]
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(KindError) as caught:
         Document.parse(data)
     assert caught.value.code == code, str(caught.value)
     assert says in str(caught.value)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("data", [None, [], "lora", 1, {"kind": "a.b", "version": 1, "hosts": "linear"}])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 
 import pytest
 
 from deltahub.errors import KindError
-from deltahub.kinds.language import MAX_UNROLLED, parse
+from deltahub.kinds.language import parse
 from deltahub.kinds.layout import number
 from deltahub.kinds.tree import Binary, Call, Loop, Name, Place, arithmetic, references, walk
 
@@ -137,8 +136,8 @@ HOSTILE = {
     "x\\\n+ y": "E_KIND_SYNTAX",
     "x\t+ y": "E_KIND_SYNTAX",
     "x\x00": "E_KIND_SYNTAX",
-    "х": "E_KIND_SYNTAX",  # noqa: RUF001  (Cyrillic, looks like x)
-    "ｘ": "E_KIND_SYNTAX",  # noqa: RUF001  (full width, which Python folds into x)
+    "х": "E_KIND_SYNTAX",
+    "ｘ": "E_KIND_SYNTAX",
     "x + \u202e y": "E_KIND_SYNTAX",
     "0x10": "E_KIND_SYNTAX",
     "1_000": "E_KIND_SYNTAX",
@@ -168,11 +167,11 @@ def test_what_belongs_is_read(text: str) -> None:
 
 @pytest.mark.parametrize(("text", "code"), HOSTILE.items(), ids=lambda v: v[:40] if isinstance(v, str) else v)
 def test_what_does_not_belong_is_refused(text: str, code: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(KindError) as caught:
         read(text)
     assert caught.value.code == code, str(caught.value)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert str(caught.value.where).startswith("demo.toml, equations.output, line ")
     assert "^" in str(caught.value)
 
@@ -234,11 +233,11 @@ def test_arithmetic(operator: str, left: float, right: float, value: float) -> N
      ("//", 1, 0), ("**", 0, -1), ("**", 1e200, 2), ("*", 1e200, 1e200), ("**", -2, 0.5), ("@", 1, 1)],
 )  # fmt: skip
 def test_numbers_are_bounded_before_they_are_computed(operator: str, left: float, right: float) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(KindError) as caught:
         arithmetic(operator, left, right, Place("d", "x"))
     assert caught.value.code == "E_KIND_NUMBER"
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_a_tower_of_powers_is_not_computed() -> None:
@@ -253,4 +252,3 @@ def test_numbers_only_where_numbers_are_meant() -> None:
         with pytest.raises(KindError) as caught:
             number(parse(text, where="d", names=NAMES).result, {})
         assert caught.value.code == code
-    assert math.log2(MAX_UNROLLED) == 14

@@ -67,7 +67,7 @@ def test_shapes(name: str, config: dict[str, object], shape: HostShape, expected
     ],
 )
 def test_config_is_checked(config: dict[str, object], says: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for call in (
         get("lora").check_config,
         lambda c: get("lora").tensors(c, LINEAR),
@@ -77,7 +77,7 @@ def test_config_is_checked(config: dict[str, object], says: str) -> None:
             call(config)
         assert caught.value.code == "E_KIND_CONFIG"
         assert says in str(caught.value)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_defaults_are_filled_in_in_order() -> None:
@@ -154,11 +154,11 @@ def test_lengths_are_bounded(lengths: list[str], code: str) -> None:
         tensors={"t": {"shape": lengths}},
         equations={"output": "y * n + channel(reduce(t, '... -> 1', 'sum'))"},
     )
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(KindError) as caught:
         k.tensors({"n": 65536}, LINEAR)
     assert caught.value.code == code, str(caught.value)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_exact_division_is_a_length() -> None:

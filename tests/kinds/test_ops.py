@@ -20,8 +20,8 @@ ON_HOST = CHANNEL_OPS | WEIGHT_OPS | {"host", "base", "activation"}
 CASES: dict[str, tuple[dict[str, tuple[int, ...]], list[str]]] = {
     **{
         name: ({"u": (3, 4)}, [f"{name}(u)"])
-        for name in (*(a for a in ACTIVATIONS if a != "identity"), "exp", "square", "abs", "sign", "sin", "cos", "round",
-                     "floor", "float32", "stop_gradient", "zeros_like", "ones_like")
+        for name in (*(a for a in ACTIVATIONS if a != "identity"), "exp", "square", "abs", "sign", "sin", "cos",
+                     "round", "floor", "float32", "stop_gradient", "zeros_like", "ones_like")
     },
     **{name: ({"p": (3, 4)}, [f"{name}(p)"]) for name in ("log", "sqrt", "rsqrt")},
     **{
@@ -84,14 +84,16 @@ CASES: dict[str, tuple[dict[str, tuple[int, ...]], list[str]]] = {
     "conv2d": ({"u": (2, 4, 7, 6), "w": (4, 1, 3, 2), "v": (3, 4, 1, 1)},
                ["conv2d(u, w, groups=4, padding=(1, 0))", "conv2d(u, v, stride=(2, 1))"]),
     "conv3d": ({"u": (1, 2, 4, 5, 4), "w": (3, 2, 2, 3, 1)}, ["conv3d(u, w, padding=1)"]),
-    "avg_pool1d": ({"u": (2, 3, 7)}, ["avg_pool1d(u, 2)", "avg_pool1d(u, 3, stride=2, padding=1, ceil=1, count_pad=0)"]),
+    "avg_pool1d": ({"u": (2, 3, 7)},
+                   ["avg_pool1d(u, 2)", "avg_pool1d(u, 3, stride=2, padding=1, ceil=1, count_pad=0)"]),
     "avg_pool2d": ({"u": (2, 3, 7, 5)},
                    ["avg_pool2d(u, 2)", "avg_pool2d(u, (3, 2), stride=2, padding=1, ceil=1)",
                     "avg_pool2d(u, 2, ceil=1, count_pad=0)"]),
     "adaptive_avg_pool1d": ({"u": (2, 3, 7)}, ["adaptive_avg_pool1d(u, 3)"]),
     "adaptive_avg_pool2d": ({"u": (2, 3, 7, 5)}, ["adaptive_avg_pool2d(u, (3, 2))", "adaptive_avg_pool2d(u, 2)"]),
     "interpolate": ({"u": (2, 3, 4, 5)},
-                    ["interpolate(u, (7, 3))", "interpolate(u, (8, 10), mode='nearest')", "interpolate(u, (3, 2), 'nearest')"]),
+                    ["interpolate(u, (7, 3))", "interpolate(u, (8, 10), mode='nearest')",
+                     "interpolate(u, (3, 2), 'nearest')"]),
     "attention": ({"q": (2, 3, 4), "k": (2, 5, 4), "v": (2, 5, 6)},
                   ["attention(q, k, v)", "attention(q, k, v, scale=0.3, causal=1)"]),
 }  # fmt: skip
