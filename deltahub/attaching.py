@@ -35,7 +35,7 @@ __all__ = ["attach", "attach_parts"]
 Choice = Callable[[str, nn.Module], bool]
 """An author's own choice of modules, by path and module."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 
 def attach(
@@ -77,7 +77,7 @@ def attach(
         InjectionError: the name is taken, or the delta conflicts with an active one.
     """
     found = _kind(kind)
-    name = name or found.name.rsplit(".", 1)[-1]
+    name = found.name.rpartition(".")[2] if name is None else name
     paths = _choose(model, targets, exclude)
     part = Part(name=name, kind=found, config=found.check_config(config), paths=paths, dropout=dropout)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -133,7 +133,9 @@ def attach_parts(
     Everything is resolved, checked and built before the model is touched.
     """
     if not _NAME.fullmatch(name):
-        raise UsageError("E_USAGE_NAME", "a delta's name holds letters, digits, '.', '_' and '-'", found=name)
+        raise UsageError(
+            "E_USAGE_NAME", "a delta's name is 1 to 64 letters, digits, '_' and '-', a letter first", found=name
+        )
     home = registry(model) or Registry()
     if name in home:
         raise InjectionError("E_INJECTION_NAME_TAKEN", f"a delta {name!r} is attached already", hint="give name=")

@@ -211,7 +211,8 @@ def _load(
 def _name(pulled: PulledPackage) -> str:
     """A delta's name from where it came from, with what a name may not hold replaced."""
     text = pulled.source.subfolder or pulled.repo_id or pulled.path.resolve().name
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text.rstrip("/").rpartition("/")[2]).strip("-._")[:96] or "delta"
+    last = text.rstrip("/").rpartition("/")[2]
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", last).strip("-_").lstrip("0123456789-_")[:64] or "delta"
 
 
 def _backbone(

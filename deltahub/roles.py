@@ -89,7 +89,7 @@ def paths_of(model: nn.Module, role: str, modules: Mapping[str, nn.Module]) -> l
                 continue  # the architecture's other class has this part, this one does not
     if not found:
         known = sorted({name for a in roots.values() for name in _table()[a]})
-        near = difflib.get_close_matches(role, known, 1)
+        near = [] if role in known else difflib.get_close_matches(role, known, 1)
         raise TargetError(
             "E_TARGET_ROLE",
             f"no module of this model plays the role {role!r}",

@@ -145,7 +145,7 @@ def _files_of(
     if override is not None:
         return resolve(dict(source), override=Path(override) if os.path.isdir(override) else str(override))  # noqa: PTH112
     where = origin(model)
-    if where is not None and Path(where).is_dir():
+    if where and Path(where).is_dir():
         found = resolve(dict(source), override=Path(where))
         hub, commit = source.get("hub"), source.get("commit")
         return BackboneFiles(folder=found.folder, files=found.files, hub=hub, commit=commit)
