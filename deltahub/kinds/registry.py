@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -317,14 +318,16 @@ class Registry:
     Args:
         documents: the package's own documents, as its manifest holds them.
 
+    Attributes:
+        own: the kinds of those documents.
+
     Raises:
         KindError: ``E_KIND_DOCUMENT`` and others for a document that is wrong, ``E_KIND_NAME`` for a name that is not a
             reverse domain name or is given twice.
     """
 
     def __init__(self, documents: Iterable[Mapping[str, Any]] = ()) -> None:
-        self._kinds: dict[tuple[str, int], Kind] = dict(_builtin())
-        own: list[Kind] = []
+        self._own: dict[str, dict[int, Kind]] = {}
         for data in documents:
             kind = Kind(Document.parse(data))
             if "." not in kind.name:
@@ -334,15 +337,15 @@ class Registry:
                     expected="such as com.example.gate",
                     found=kind.name,
                 )
-            if (kind.name, kind.version) in self._kinds:
+            versions = self._own.setdefault(kind.name, {})
+            if kind.version in versions:
                 raise KindError("E_KIND_NAME", f"kind {kind.name!r}, version {kind.version}, is given twice")
-            self._kinds[kind.name, kind.version] = kind
-            own.append(kind)
-        self.own = tuple(own)
+            versions[kind.version] = kind
+        self.own = tuple(kind for versions in self._own.values() for kind in versions.values())
 
     def names(self) -> list[str]:
         """All names, sorted."""
-        return sorted({name for name, _ in self._kinds})
+        return sorted({*_files(), *self._own})
 
     def get(self, name: str, version: int | None = None) -> Kind:
         """A kind by name: one version of it, or the newest.
@@ -350,30 +353,37 @@ class Registry:
         Raises:
             KindError: ``E_KIND_UNKNOWN`` if there is no such kind or version.
         """
-        versions = sorted(v for n, v in self._kinds if n == name)
-        if not versions:
+        versions = self._own.get(name) or (_built_in(name) if name in _files() else None)
+        if versions is None:
             raise KindError("E_KIND_UNKNOWN", f"unknown kind {name!r}{nearest(name, self.names())}", found=name)
         if version is None:
-            return self._kinds[name, versions[-1]]
+            return versions[max(versions)]
         if version not in versions:
             raise KindError(
                 "E_KIND_UNKNOWN",
                 f"kind {name!r} has no version {version!r} here",
-                expected=versions,
+                expected=sorted(versions),
                 found=version,
                 hint="a newer DeltaHub may know it",
             )
-        return self._kinds[name, version]
+        return versions[version]
 
 
 @cache
-def _builtin() -> Mapping[tuple[str, int], Kind]:
-    kinds: dict[tuple[str, int], Kind] = {}
+def _files() -> Mapping[str, tuple[Traversable, ...]]:
+    """Built-in documents by kind: ``lora.toml``, and ``lora@2.toml`` for a further version. Read when asked for."""
+    found: dict[str, tuple[Traversable, ...]] = {}
     for entry in sorted(files("deltahub.spec").joinpath("kinds").iterdir(), key=lambda e: e.name):
         if entry.name.endswith(".toml"):
-            kind = Kind(Document.from_toml(entry.read_text(encoding="utf-8"), where=entry.name))
-            kinds[kind.name, kind.version] = kind
-    return MappingProxyType(kinds)
+            name = entry.name.removesuffix(".toml").partition("@")[0]
+            found[name] = (*found.get(name, ()), entry)
+    return MappingProxyType(found)
+
+
+@cache
+def _built_in(name: str) -> Mapping[int, Kind]:
+    kinds = [Kind(Document.from_toml(e.read_text(encoding="utf-8"), where=e.name)) for e in _files()[name]]
+    return MappingProxyType({kind.version: kind for kind in kinds})
 
 
 def names() -> list[str]:
