@@ -187,6 +187,8 @@ def _snapshot(
             hint="pass backbone=<module, folder or repository> if you have it elsewhere",
         ) from error
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        if isinstance(error.__cause__, errors.HfHubHTTPError):  # the Hub was asked, and answered
+            raise BackboneError("E_BACKBONE_FETCH", f"the Hub refuses: {error.__cause__}", where=where) from error
         raise BackboneError(
             "E_BACKBONE_OFFLINE",
             "the backbone is not in the cache and the Hub cannot be asked",

@@ -69,13 +69,21 @@ def test_subfolder(hub: LoopbackHub, bert: Path, cache: Path) -> None:
     assert describe(build(source, files).model) == source
 
 
-def test_the_hub_says_no(hub: LoopbackHub, published: str, cache: Path) -> None:
+def test_the_hub_says_no(hub: LoopbackHub, published: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = client(hub, cache)
     assert code_of({"hub": "acme/none", "commit": published}, **options) == "E_BACKBONE_NOT_FOUND"
     assert code_of({"hub": REPO, "commit": "0" * 40}, **options) == "E_BACKBONE_NOT_FOUND"
-    nobody = {"endpoint": "http://127.0.0.1:1", "cache_dir": cache}
-    assert code_of({"hub": REPO, "commit": published}, **nobody) == "E_BACKBONE_OFFLINE"
-    assert code_of({"hub": REPO, "commit": published}, local_files_only=True, **nobody) == "E_BACKBONE_OFFLINE"
+    with hub.fault("*", status=403):
+        assert code_of({"hub": REPO, "commit": published}, **options) == "E_BACKBONE_FETCH"
+    assert code_of({"hub": REPO, "commit": published}, local_files_only=True, **options) == "E_BACKBONE_OFFLINE"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert code_of({"hub": REPO, "commit": published}, **options) == "E_BACKBONE_OFFLINE"
+
+
+def test_gated(hub: LoopbackHub, cache: Path) -> None:
+    commit = hub.create("acme/gated", {"config.json": b"{}"}, gated=True).branches["main"]
+    options = {**client(hub, cache), "token": False}
+    assert code_of({"hub": "acme/gated", "commit": commit, **BERT}, **options) == "E_BACKBONE_GATED"
 
 
 def test_no_weights_on_the_hub(hub: LoopbackHub, cache: Path) -> None:
