@@ -15,11 +15,12 @@ __all__ = [
     "push",
     "render_card",
     "search",
+    "write_card",
 ]
 
 from deltahub.hub.card import CardDetails, render_card
 from deltahub.hub.locking import Lock, lock_of
 from deltahub.hub.pulling import PulledPackage, pull
-from deltahub.hub.pushing import PushResult, push
+from deltahub.hub.pushing import PushResult, push, write_card
 from deltahub.hub.searching import SearchHit, search
 from deltahub.hub.sources import Source, parse_source

@@ -79,7 +79,7 @@ def explain(error: BaseException, where: str) -> HubError | None:
 
     for name, code, what, hint in _BY_CLASS:
         if isinstance(error, getattr(errors, name)):
-            return HubError(code, what, where=where, found=_first_line(error), hint=hint)
+            return HubError(code, what, where=where, found=_said(error), hint=hint)
     if isinstance(error, errors.HfHubHTTPError):
         return _by_status(error, where)
     if isinstance(error, (errors.LocalEntryNotFoundError, errors.RevisionResolutionError, RuntimeError)):
@@ -95,7 +95,7 @@ def explain(error: BaseException, where: str) -> HubError | None:
 
 def _by_status(error: Any, where: str) -> HubError:
     status = int(error.response.status_code)
-    said = error.server_message or _first_line(error)
+    said = _said(error)
     if status in _BY_STATUS:
         code, what, hint = _BY_STATUS[status]
         return HubError(code, what, where=where, found=f"{status}: {said}", hint=hint)
@@ -149,6 +149,11 @@ def _broken(error: BaseException, where: str) -> HubError:
         found=_first_line(error),
         hint="try again",
     )
+
+
+def _said(error: BaseException) -> str:
+    """The Hub's own words where it had any."""
+    return str(getattr(error, "server_message", None) or _first_line(error))
 
 
 def _first_line(error: BaseException) -> str:

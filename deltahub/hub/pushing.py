@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["PushResult", "push"]
+__all__ = ["PushResult", "push", "write_card"]
 
 import hashlib
 import math
@@ -20,6 +20,7 @@ from deltahub.hub.guard import guarded
 from deltahub.hub.pulling import MANIFEST, SIGNATURE, Client, expected_files, fetch, read_manifest
 from deltahub.hub.sources import Source, check_endpoint, parse_source
 from deltahub.tensors import sha256_file
+from deltahub.tensors.files import replacing
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -164,6 +165,34 @@ def _local_files(package: Package) -> dict[str, Path | bytes]:
     names = [MANIFEST, *expected_files(package.manifest)]
     names += [name for name in (SIGNATURE, CARD) if (package.path / name).is_file()]
     return {name: package.path / name for name in names}
+
+
+def write_card(folder: str | os.PathLike[str], repo_id: str, *, details: CardDetails | None = None) -> Path:
+    """Write the model card into a package's folder, so that it can be read, edited and signed before it is pushed.
+
+    Args:
+        folder: the package; text and metadata of a card that is there are kept.
+        repo_id: where it will be published.
+        details: what the manifest does not know.
+
+    Returns:
+        The path of ``README.md``.
+
+    Raises:
+        PackageError: the folder is not a valid package.
+        HubError: ``E_HUB_CARD`` where the card that is there cannot be read.
+    """
+    from deltahub.package import Package
+
+    with Package.open(folder) as package:
+        path = package.path / CARD
+        existing = path.read_text("utf-8") if path.is_file() else None
+        card = render_card(
+            package.manifest, repo_id=repo_id, existing=existing, details=details, parameters=_parameters(package)
+        )
+    with replacing(path) as file:
+        file.write(card.encode())
+    return path
 
 
 def _card(

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, ModelCard
 from markdown_it import MarkdownIt
 
 from deltahub.errors import HubError
-from deltahub.hub import CardDetails, push, render_card
+from deltahub.hub import CardDetails, push, render_card, write_card
 from deltahub.hub.card import BEGIN, END, split_card
 from deltahub.manifest import Manifest
 from deltahub.testing import LoopbackHub
@@ -158,3 +158,12 @@ def test_a_push_writes_it_and_keeps_it(hub: LoopbackHub, make_package: Maker) ->
     (folder / "README.md").write_text("---\nlicense: 5\ntags: x\n---\n")
     with pytest.raises(HubError, match="E_HUB_CARD"):
         push(folder, "acme/delta", card=False, **where)
+
+
+def test_a_card_written_first_is_what_is_pushed(hub: LoopbackHub, make_package: Maker) -> None:
+    folder = make_package()
+    path = write_card(folder, "acme/delta", details=CardDetails(license="mit"))
+    path.write_text(path.read_text() + "\nMine.\n")
+    assert write_card(folder, "acme/delta").read_text().endswith("\nMine.\n")
+    push(folder, "acme/delta", endpoint=hub.url, token=hub.token)
+    assert hub.read("acme/delta", "README.md") == path.read_bytes()

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 
 from deltahub.errors import DeltaHubError, HubError
 from deltahub.hub import Lock, lock_of, parse_source, pull, push
+from deltahub.hub.explain import explain, explained
 from deltahub.testing import LoopbackHub
 
 REPO = "acme/delta"
@@ -287,7 +288,7 @@ def test_missing_and_private_and_gated(remote: Remote) -> None:
     for token in ("hf_guest", False):
         remote.hub.add_account("hf_guest", "guest")
         error = fails("E_HUB_GATED", lambda token=token: remote.pull(token=token))
-        assert "restricted" in str(error)
+        assert "Access to model acme/delta is restricted" in str(error)  # the Hub's own words
 
 
 def test_a_repository_that_was_deleted_and_made_again(remote: Remote) -> None:
@@ -445,3 +446,35 @@ def test_lock(remote: Remote, tmp_path: Path, make_package: Maker) -> None:
         path.write_bytes(bad)
         fails("E_HUB_LOCK", lambda: Lock.read(path))
     fails("E_HUB_LOCK", lambda: Lock.read(tmp_path / "none"))
+
+
+# ---- what the client raises
+
+
+def test_what_the_client_raises_is_explained() -> None:
+    from huggingface_hub import errors
+
+    def chained(outer: Exception, cause: Exception | None) -> Exception:
+        outer.__cause__ = cause
+        return outer
+
+    lost = errors.LocalEntryNotFoundError
+    cases: list[tuple[Exception, str | None]] = [
+        (ConnectionError("hf_xet: no token"), "E_HUB_CONNECTION"),  # a Hub without Xet under a client with it
+        (errors.XetDownloadError("cut"), "E_HUB_TRANSFER"),
+        (chained(RuntimeError("Error while uploading"), ConnectionError("gone")), "E_HUB_CONNECTION"),
+        (RuntimeError("Task error"), "E_HUB_TRANSFER"),
+        (chained(lost("no"), errors.FileMetadataError("not a Hub")), "E_HUB_RESPONSE"),
+        (chained(lost("no"), errors.OfflineModeIsEnabled("off")), "E_HUB_OFFLINE"),
+        (lost("no"), "E_HUB_OFFLINE"),
+        (errors.RevisionResolutionError("no"), "E_HUB_OFFLINE"),
+        (OSError("Consistency check failed: 1 of 2"), "E_HUB_TRANSFER"),
+        (ValueError("Invalid metadata in README.md.\n- x"), "E_HUB_CARD"),
+        (OSError("disk full"), None),
+        (KeyError("a fault of ours"), None),
+    ]
+    for error, code in cases:
+        found = explain(error, "here")
+        assert (found.code if found else None) == code, error
+    with pytest.raises(KeyError), explained("here"):
+        raise KeyError

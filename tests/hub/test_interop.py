@@ -83,6 +83,7 @@ print(found.path)
 """
 
 
+@pytest.mark.slow
 def test_several_processes_at_once(hub: LoopbackHub, tmp_path: Path, cache: Path, big: Path) -> None:
     push(big, REPO, endpoint=hub.url, token=hub.token)
     env = environment(hub, tmp_path / "home", HF_HUB_DISABLE_XET="1")
@@ -108,6 +109,7 @@ def test_several_threads_at_once(hub: LoopbackHub, cache: Path, big: Path) -> No
     assert contents(found[0]) == contents(big)
 
 
+@pytest.mark.slow
 def test_the_hf_command_line(hub: LoopbackHub, tmp_path: Path, make_package: Maker) -> None:
     tool = Path(sys.executable).with_name("hf")
     if not tool.exists():
@@ -127,8 +129,7 @@ def test_the_hf_command_line(hub: LoopbackHub, tmp_path: Path, make_package: Mak
     got = contents(target)
     assert contents(folder).items() <= got.items()
     assert contents(pull(target).path).items() >= contents(folder).items()  # a folder that hf made is a package
-    hf("download", REPO)
-    hf("cache", "verify", REPO)
+    hf("cache", "verify", REPO, "--local-dir", str(target))
     upload = tmp_path / "second"
     shutil.copytree(make_package("source", seed=3), upload)
     hf("upload", REPO, str(upload), ".", "--revision", "main")
@@ -175,6 +176,7 @@ def node_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_npm_reads_ours_and_we_read_what_it_writes(
     hub: LoopbackHub, node_project: Path, make_package: Maker, cache: Path
 ) -> None:
