@@ -70,9 +70,8 @@ def write_package(
         "modules": modules,
     }
     changed = [*found, *(setting.model_dump() for setting in settings)]
-    for name, value in (("kinds", kinds), ("settings", changed), ("extensions", dict(extensions or {}))):
-        if value:
-            manifest[name] = value
+    rest = {"kinds": kinds, "settings": changed, "extensions": dict(extensions or {})}
+    manifest |= {name: value for name, value in rest.items() if value}
     return write(Path(directory), manifest, tensors, readme=readme, probe=recorded, overwrite=overwrite)
 
 
