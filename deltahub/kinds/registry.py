@@ -130,7 +130,7 @@ class Kind:
             KindError: ``E_KIND_HOST`` if the family is not one of its hosts, or a live form that has no merged one
                 mixes channels that the host keeps apart.
         """
-        return frozenset(self._programs(self.check_config(config), shape))
+        return _ports(self.document, freeze(config), shape)
 
     def mergeable(self, config: Mapping[str, object], shape: HostShape) -> bool:
         """Whether it can be folded into the host's weight and bias."""
@@ -257,6 +257,12 @@ def _checked(document: Document, config: Frozen) -> Mapping[str, object]:
             raise KindError("E_KIND_CONFIG", what, where=where, expected=entry.type)
         checked[name] = entry.check(value, where)
     return MappingProxyType(checked)
+
+
+@lru_cache(maxsize=4096)
+def _ports(document: Document, config: Frozen, shape: HostShape) -> frozenset[str]:
+    kind = Kind(document)
+    return frozenset(kind._programs(kind.check_config({name: value for name, _, value in config}), shape))
 
 
 @lru_cache(maxsize=4096)
