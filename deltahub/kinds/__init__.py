@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from deltahub.kinds.document import Document
 from deltahub.kinds.host_shape import FAMILIES, Family, HostShape
+from deltahub.kinds.kind import Kind, Port
 from deltahub.kinds.layout import TensorSpec
-from deltahub.kinds.registry import Kind, Port, Registry, get, names
+from deltahub.kinds.registry import Registry, get, names
 
 __all__ = ["FAMILIES", "Document", "Family", "HostShape", "Kind", "Port", "Registry", "TensorSpec", "get", "names"]
