@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from deltahub.errors import IdentityError, TensorFileError
 from deltahub.identity import stamps
 from deltahub.identity.locate import Located, Source, weight_files
+from deltahub.identity.memory import recall, remember
 from deltahub.identity.stamps import Spec, Stamp
 from deltahub.identity.tree import leaf_pair
 from deltahub.tensors import DTYPES, TensorFile, value_bytes, value_layout
@@ -156,12 +157,18 @@ class ValueCheckpoint(Checkpoint):
 
     def leaves(self, names: Iterable[str], *, bf16: bool = False) -> Leaves:
         wanted = list(names)
+        for name in wanted:
+            if name not in self._found and (pair := recall(self.values[name])) is not None:
+                self._found[name] = pair
         missing = [n for n in wanted if n not in self._found or (bf16 and not self._found[n][1])]
         jobs: list[tuple[str, Spec, Callable[[], memoryview]]] = [
             (name, self.specs[name], lambda name=name: value_bytes(name, self.values[name], self.where))  # type: ignore[misc]
             for name in missing
         ]
-        self._found.update(_hash(jobs, bf16=bf16))
+        fresh = _hash(jobs, bf16=bf16)
+        for name, pair in fresh.items():
+            remember(self.values[name], pair)
+        self._found.update(fresh)
         return {name: self._found[name] for name in wanted}
 
 

@@ -44,7 +44,7 @@ def _state(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     state = {
         name: value
-        for name, value in model.state_dict().items()
+        for name, value in model.state_dict(keep_vars=True).items()  # the very tensors, whose leaves are remembered
         if isinstance(value, torch.Tensor) and name not in ignored
     }
     if any(value.is_meta for value in state.values()):
@@ -67,11 +67,14 @@ def _saved(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """The state dictionary as ``save_pretrained`` would name and shape it."""
     if not hasattr(model, "save_pretrained") or not hasattr(model, "base_model_prefix"):
         return state
+    import torch
+
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # transformers 4 keeps the names of files
         return state
-    result: dict[str, Any] = revert_weight_conversion(model, dict(state))  # type: ignore[arg-type]
+    with torch.no_grad():
+        result: dict[str, Any] = revert_weight_conversion(model, dict(state))  # type: ignore[arg-type]
     return result
 
 
