@@ -130,6 +130,9 @@ class Delta:
         again = self.merged
         if again:
             self.unmerge()
+        for bound in {id(site.bound): site.bound for site in self.sites}.values():
+            if bound.kind.document.strength:
+                bound.strengthened(number)
         home.switch.strength[self.name] = number
         if again:
             self.merge()

@@ -29,6 +29,9 @@ _LIVE = ("input", "output", "replace")
 _MERGED = ("weight", "bias")
 
 
+_KEPT_STRENGTHS = 16
+
+
 class Switch:
     """Which deltas act on a model, shared by all its sites: one string to compare, one number per delta.
 
@@ -47,12 +50,13 @@ class Switch:
 class Bound:
     """A kind with a config, bound to the facts of a host: its compiled ports. Pickles as data, copies as itself."""
 
-    __slots__ = ("config", "kind", "live", "mergeable", "ports", "reads_weight", "shape")
+    __slots__ = ("_strong", "config", "kind", "live", "mergeable", "ports", "reads_weight", "shape")
 
     def __init__(self, kind: Kind, config: Mapping[str, object], shape: HostShape) -> None:
         self.kind = kind
         self.config = dict(config)
         self.shape = shape
+        self._strong: dict[float, Bound] = {}
         self.ports: dict[str, Port] = dict(kind.compile(self.config, shape))
         self.mergeable = any(port in self.ports for port in _MERGED)
         self.live = any(port in self.ports for port in _LIVE)
@@ -66,10 +70,21 @@ class Bound:
         return self
 
     def strengthened(self, strength: float) -> Bound:
-        """The same with the config number that the document calls its strength multiplied."""
-        name = self.kind.document.strength
-        assert name is not None
-        return Bound(self.kind, {**self.config, name: cast(float, self.config[name]) * strength}, self.shape)
+        """The same with the config number that the document calls its strength multiplied.
+
+        Kept, because a compiled forward pass must find it ready; :class:`deltahub.delta.Delta` asks for it when a
+        scale is set.
+        """
+        found = self._strong.get(strength)
+        if found is None:
+            name = self.kind.document.strength
+            assert name is not None
+            config = {**self.config, name: cast(float, self.config[name]) * strength}
+            found = Bound(self.kind, config, self.shape)
+            if len(self._strong) >= _KEPT_STRENGTHS:
+                self._strong.pop(next(iter(self._strong)))
+            self._strong[strength] = found
+        return found
 
     def change(self, names: Sequence[str], tensors: Sequence[Tensor], strength: float) -> Change:
         """What a site does to its host's weight and bias, as :mod:`deltahub.merging` takes it."""

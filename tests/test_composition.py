@@ -197,3 +197,15 @@ def test_dropout_acts_on_the_deltas_own_input_while_training() -> None:
     assert torch.equal(model(x), model(x))
     model.train()
     assert not torch.equal(model(x), model(x))
+
+
+def test_a_scale_changes_under_compilation_without_a_graph_break() -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    delta = deltahub.attach(model, "lora", "0", rank=2)
+    randomise(delta.parameters())
+    x = torch.randn(3, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for scale in (1.0, 0.5, 2.0, 0.0):
+        delta.scale = scale
+        assert torch.allclose(compiled(x), model(x), atol=1e-6)
