@@ -1,6 +1,19 @@
-"""Converters: merging, diffs, ONNX and every foreign format. Imports as ``deltahub.converters``."""
+"""Converters: merging, diffs, and every foreign format. Imports as ``deltahub.converters``.
+
+    merge("user/delta", "merged/")                       a checkpoint with the delta in its weights
+    import_("adapter/", "package/", backbone="base/")    a package out of a foreign checkpoint
+    export_("package/", "adapter/", to="peft")           and back
+
+A foreign format is a module with ``sniff``, ``import_`` and perhaps ``export_``, found through the entry points
+``deltahub.converters``; another distribution can bring its own.
+"""
+
+from __future__ import annotations
 
 if __name__ != "deltahub.converters":
     raise ImportError("import deltahub.converters, not converters")
 
-__all__: list[str] = []
+from deltahub.converters.formats import Converter, convert, export_, formats, import_, sniff
+from deltahub.converters.merge import MergeReport, merge
+
+__all__ = ["Converter", "MergeReport", "convert", "export_", "formats", "import_", "merge", "sniff"]

@@ -90,7 +90,7 @@ def test_several_changes_act_in_order() -> None:
         ("W + (gate @ W)", ["out", "out"], None),
         ("W - W @ gate", ["in", "in"], 0),
         ("softmax(W)", ["out"], None),
-        ("h = 2 * W\nh / 3", ["out"], 0),
+        ("h = W * rows(gate)\nh / 3", ["out"], 0),
     ],
 )
 def test_an_equation_that_needs_the_whole_weight_gets_it(weight: str, tensor: list[str], axis: int | None) -> None:

@@ -1,0 +1,351 @@
+"""PEFT adapters, both ways.
+
+Reading: every tensor of the file is taken exactly once and every module that the configuration targets is hit, or the
+import fails and says which is not. Where a tensor goes is read off its own key; ``target_modules`` and the patterns for
+ranks and alphas, which PEFT evaluates as regular expressions out of a stranger's file, are only compared as names.
+Flags that change the arithmetic and are not known are refused, whatever PEFT does with them.
+
+Writing: full paths as targets, one rank and alpha per module, the scale in ``lora_B`` and alpha equal to the rank,
+unless the original configuration came along and still says the same: servers and converters then agree on the scale.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deltahub.converters.base import Base
+from deltahub.converters.entries import Entry, Keys, need_kind, read_json, read_tensors, write_entries
+from deltahub.converters.peft_config import EXTENSION, Scales, Wanted, check_config, kept
+from deltahub.errors import ConverterError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from deltahub.package import Package
+
+__all__ = ["export_", "import_", "sniff"]
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_PREFIX = "base_model.model."
+_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.")
+
+# Endings of keys, longest first, and the tensor that each is.
+_LORA = {
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_embedding_A": "embedding_a",
+    ".lora_embedding_B": "embedding_b",
+    ".lora_A.weight": "a",
+    ".lora_B.weight": "b",
+    ".lora_B.bias": "b_bias",
+    ".base_layer.weight": "base_weight",
+    ".base_layer.bias": "base_bias",
+}
+_CLASSES = {
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "FEATURE_EXTRACTION": "MODEL_MAPPING_NAMES",
+}
+_HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight", "qa_outputs.weight")
+
+
+def sniff(path: Path) -> bool:
+    """Whether a folder is a PEFT adapter: by its configuration's one mandatory key."""
+    try:
+        return "peft_type" in read_json(path / CONFIG)
+    except (ConverterError, OSError):
+        return False
+    except Exception as error:
+        if type(error).__name__ == "TensorFileError":
+            return False
+        raise
+
+
+def import_(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    backbone: nn.Module | str | os.PathLike[str] | None = None,
+    class_name: str | None = None,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+) -> Package:
+    """Make a package out of a PEFT adapter.
+
+    Args:
+        path: the adapter's folder.
+        out: the package's folder.
+        backbone: the model that it was trained on: a folder, a Hub name, or the live module; by default what the
+            adapter's configuration names.
+        class_name: the backbone's class, such as ``transformers.LlamaForCausalLM``; by default what the adapter's task
+            says for the backbone's architecture.
+        allow_pickle: read an ``adapter_model.bin``.
+        overwrite: replace a package that is there.
+
+    Raises:
+        ConverterError: with what is unknown, missing, surplus, or cannot be said in a package.
+    """
+    folder = Path(path)
+    config = _config(folder)
+    file = folder / WEIGHTS if (folder / WEIGHTS).exists() or not (folder / PICKLE).exists() else folder / PICKLE
+    tensors, _ = read_tensors(file, allow_pickle=allow_pickle)
+    live = _live(tensors, file)
+    if backbone is None:
+        backbone = _named(config)
+    base = _base(backbone, config, live, class_name)
+    try:
+        entries = _READERS[str(config["peft_type"])](config, Keys(live, file), base)
+        return write_entries(out, entries, base, extensions={EXTENSION: kept(config)}, overwrite=overwrite)
+    finally:
+        base.close()
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).exists():
+        inner = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
+        raise ConverterError(
+            "E_CONVERT_CONFIG",
+            "there is no adapter here",
+            where=folder / CONFIG,
+            found=f"adapters in the folders {', '.join(inner)}" if inner else None,
+            hint="import each of them" if inner else None,
+        )
+    config = read_json(folder / CONFIG)
+    method = config.get("peft_type")
+    if method not in _READERS:
+        raise ConverterError(
+            "E_CONVERT_KIND",
+            "no kind of delta here computes this method of PEFT",
+            where=folder / CONFIG,
+            expected=", ".join(sorted(_READERS)),
+            found=method,
+        )
+    check_config(config, folder / CONFIG)
+    return config
+
+
+def _named(config: Mapping[str, Any]) -> str:
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name:
+        raise ConverterError(
+            "E_CONVERT_BACKBONE",
+            "the adapter does not say which model it was trained on",
+            where=f"{CONFIG}: base_model_name_or_path",
+            hint="pass the backbone",
+        )
+    return f"{name}@{revision}" if isinstance(revision, str) and not Path(name).is_dir() else name
+
+
+def _live(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Keys without PEFT's prefix and without the names of wrappers that training put around modules."""
+    found: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        name = key
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        if not name.startswith(_PREFIX):
+            raise ConverterError(
+                "E_CONVERT_KEY",
+                "a key does not begin as PEFT's do, so PEFT itself would ignore it",
+                where=file,
+                expected=f"{_PREFIX}…",
+                found=key,
+            )
+        name = name.removeprefix(_PREFIX)
+        if name in found:
+            raise ConverterError("E_CONVERT_KEY", "two keys are one tensor", where=file, found=key)
+        found[name] = value
+    return found
+
+
+def _base(
+    backbone: nn.Module | str | os.PathLike[str],
+    config: Mapping[str, Any],
+    live: Mapping[str, Tensor],
+    class_name: str | None,
+) -> Base:
+    if not isinstance(backbone, (str, os.PathLike)):
+        return Base.of_module(backbone)
+    plain = Base.of_folder(backbone, class_name=class_name)
+    wanted = class_name or _class(config, plain)
+    settings = _labels(config, plain, live)
+    if wanted == plain.source["class"] and not settings:
+        return plain
+    plain.close()
+    return Base.of_folder(backbone, class_name=wanted, settings=settings)
+
+
+def _class(config: Mapping[str, Any], plain: Base) -> str:
+    """The class that the adapter was trained on: as it was recorded, or as its task says."""
+    from deltahub.backbones.files import read_json as backbone_json
+
+    auto = config.get("auto_mapping")
+    if isinstance(auto, dict) and str(auto.get("parent_library", "")).startswith("transformers."):
+        return f"transformers.{auto.get('base_model_class')}"
+    table = _CLASSES.get(str(config.get("task_type")))
+    assert plain.files is not None
+    if table is None or not plain.source["class"].startswith("transformers."):
+        return str(plain.source["class"])
+    from transformers.models.auto import modeling_auto
+
+    model_type = backbone_json(plain.files.folder / "config.json").get("model_type")
+    found = getattr(modeling_auto, table).get(model_type)
+    return str(plain.source["class"]) if found is None else f"transformers.{found}"
+
+
+def _labels(config: Mapping[str, Any], plain: Base, live: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """A classification head of another size than the backbone's configuration gives: a setting."""
+    from deltahub.backbones.files import read_json as backbone_json
+
+    if config.get("task_type") not in {"SEQ_CLS", "TOKEN_CLS"}:
+        return []
+    sizes = {value.shape[0] for name, value in live.items() if name.endswith(_HEADS) and value.ndim == 2}
+    assert plain.files is not None
+    document = backbone_json(plain.files.folder / "config.json")
+    was = document.get("num_labels", len(document.get("id2label") or (0, 0)))
+    if len(sizes) != 1 or sizes == {was}:
+        return []
+    return [{"on": "config", "path": "num_labels", "was": was, "value": sizes.pop()}]
+
+
+def _lora(config: Mapping[str, Any], keys: Keys, base: Base) -> list[Entry]:
+    sites: dict[str, dict[str, Tensor]] = {}
+    plain: list[str] = []
+    for key in keys:
+        ending = next((end for end in _LORA if key.endswith(end)), None)
+        if ending is None:
+            plain.append(key)
+        else:
+            part = sites.setdefault(key.removesuffix(ending), {})
+            if _LORA[ending] in part:
+                raise ConverterError("E_CONVERT_KEY", "two keys are one tensor", where=keys.where, found=key)
+            part[_LORA[ending]] = keys.take(key)
+    scales = Scales(config)
+    entries: list[Entry] = []
+    adapted: list[str] = []
+    for path, part in sites.items():
+        if not part.keys() & {"a", "b", "embedding_a", "embedding_b", "b_bias", "magnitude"}:
+            entries += _base_values(path, part, base)
+            continue
+        adapted.append(path)
+        entries += _base_values(path, part, base)
+        entries.append(_lora_entry(path, part, scales, base, keys.where))
+    entries += _whole(plain, keys, base)
+    keys.finish()
+    scales.finish(adapted)
+    Wanted(config, base).check(adapted, keys.where)
+    return sorted(entries, key=lambda entry: entry.kind == "lora")  # what is set comes before what is added
+
+
+def _lora_entry(path: str, part: dict[str, Tensor], scales: Scales, base: Base, where: object) -> Entry:
+    embedded = "embedding_a" in part or "embedding_b" in part
+    first, second = ("embedding_a", "embedding_b") if embedded else ("a", "b")
+    for name in (first, second):
+        if name not in part:
+            raise ConverterError(
+                "E_CONVERT_MISSING", f"half of a low-rank pair is missing ({name[-1].upper()})", where=where, found=path
+            )
+    down, up = part[first], part[second]
+    rank = int(down.shape[0]) if down.ndim else 0
+    grouped = up.ndim >= 2 and up.shape[1] != rank
+    if up.ndim < 2 or grouped or up[0, 0].numel() != 1:
+        raise ConverterError(
+            "E_CONVERT_SHAPE",
+            "the pair is not one of low rank" if not grouped else "the two ranks of a pair differ",
+            where=f"{where}: {path}",
+            expected=f"[out, {rank}]",
+            found=list(up.shape),
+        )
+    tensors = {"down": down, "up": up.reshape(up.shape[0], rank)}
+    scale = scales.of(path, rank)
+    values: dict[str, Any] = {"rank": rank, "scale": scale}
+    if "b_bias" in part:
+        values["biased"] = True
+        tensors["bias"] = part["b_bias"]
+    if "magnitude" in part:
+        need_kind("dora", "DoRA")
+        tensors["magnitude"] = part["magnitude"].reshape(-1)
+        return Entry(path=path, kind="dora", config=values, tensors=tensors)
+    base.arch.host(path)
+    return Entry(path=path, kind="lora", config=values, tensors=tensors)
+
+
+def _base_values(path: str, part: Mapping[str, Tensor], base: Base) -> list[Entry]:
+    """Copies of the backbone's own parameters that PEFT stores beside an adapter: dropped where they are equal."""
+    import torch
+
+    host = base.arch.host(path)
+    found: list[Entry] = []
+    weight, bias = part.get("base_weight"), part.get("base_bias")
+    if weight is not None:
+        own = base.value(f"{path}.weight")
+        same = own is not None and own.shape == weight.shape and torch.equal(own.to(weight.dtype), weight)
+        if not same:
+            tensors = {"weight": host.view.canonical(weight).contiguous()}
+            if host.shape.bias:
+                own_bias = bias if bias is not None else base.value(f"{path}.bias")
+                assert own_bias is not None
+                tensors["bias"] = own_bias
+            return [Entry(path=path, kind="assign", tensors=tensors, group="saved")]
+    if bias is not None:
+        found += _bias(path, bias, base)
+    return found
+
+
+def _bias(path: str, bias: Tensor, base: Base) -> list[Entry]:
+    """A bias that was trained as a whole, as what it adds to the backbone's."""
+    import torch
+
+    own = base.value(f"{path}.bias")
+    if own is None or own.shape != bias.shape:
+        raise ConverterError("E_CONVERT_TARGET", "the backbone has no such bias", where=f"{path}.bias")
+    value = (bias.double() - own.double()).to(torch.promote_types(bias.dtype, torch.float32))
+    if not bool(value.any()):
+        return []
+    return [Entry(path=path, kind="bias", config={"scale": 1.0}, tensors={"value": value})]
+
+
+def _whole(names: Sequence[str], keys: Keys, base: Base) -> list[Entry]:
+    """Parameters that were saved whole: heads and other modules to save, and trained biases."""
+    saved: dict[str, dict[str, Tensor]] = {}
+    for key in names:
+        path, _, name = key.rpartition(".")
+        if name in {"weight", "bias"} and path:
+            saved.setdefault(path, {})[name] = keys.take(key)
+    entries: list[Entry] = []
+    for path, part in saved.items():
+        host = base.arch.host(path)
+        if part.keys() == {"bias"} and host.shape.bias:
+            entries += _bias(path, part["bias"], base)
+            continue
+        if host.shape.bias != ("bias" in part) or "weight" not in part:
+            raise ConverterError(
+                "E_CONVERT_MISSING", "a module was saved in part", where=f"{keys.where}: {path}", found=sorted(part)
+            )
+        tensors = {"weight": host.view.canonical(part["weight"]).contiguous()}
+        if "bias" in part:
+            tensors["bias"] = part["bias"]
+        entries.append(Entry(path=path, kind="assign", tensors=tensors, group="saved"))
+    return entries
+
+
+_READERS = {"LORA": _lora}
+
+
+def export_(
+    package: Package | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    backbone: nn.Module | str | os.PathLike[str] | None = None,
+    bake: bool | None = None,
+) -> Path:
+    """Make a PEFT adapter out of a package; see :func:`deltahub.converters.peft_writing.export_`."""
+    from deltahub.converters.peft_writing import export_ as write
+
+    return write(package, out, backbone=backbone, bake=bake)
