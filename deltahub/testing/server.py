@@ -215,7 +215,8 @@ def serve_hub(
     hub = LoopbackHub(Path(root), token=token, user=user, part_size=part_size, xet=xet)
     with socket.create_server(("127.0.0.1", port)) as front, socket.create_server(("127.0.0.1", 0)) as back:
         hub.state.url = f"http://127.0.0.1:{front.getsockname()[1]}"
-        hub.state.cdn_url = f"http://127.0.0.1:{back.getsockname()[1]}"
+        # Another host too, not only another port: older clients compare hosts alone.
+        hub.state.cdn_url = f"http://localhost:{back.getsockname()[1]}"
         config = uvicorn.Config(
             hub, log_level="critical", log_config=None, lifespan="off", http="h11", timeout_graceful_shutdown=1
         )
