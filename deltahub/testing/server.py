@@ -50,7 +50,7 @@ class LoopbackHub:
         url: the endpoint for clients.
         cdn_url: the other origin, from which large files come.
         token: the administrator's token.
-        log: every answered request, oldest first; tests clear and count it.
+        log: every request, oldest first, status 0 for one that got no answer; tests clear and count it.
     """
 
     def __init__(self, root: Path, *, token: str, user: str, part_size: int | None, xet: bool) -> None:
@@ -131,11 +131,13 @@ class LoopbackHub:
         path = _decoded(scope)
         scope = {**scope, "path": path}
         cdn = self.state.cdn_url.endswith(f":{scope['server'][1]}")
-        status = [0]
+        answered = False
 
         async def record(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                status[0] = message["status"]
+            nonlocal answered
+            if message["type"] == "http.response.start":  # before the client can see it, so that counts are exact
+                answered = True
+                self._record(scope, message["status"], cdn=cdn)
             await send(message)
 
         fault = next((fault for fault in list(self.state.faults) if fault.takes(scope["method"], path)), None)
@@ -152,7 +154,8 @@ class LoopbackHub:
         except Hangup:
             return
         finally:
-            self._record(scope, status[0], cdn=cdn)
+            if not answered:
+                self._record(scope, 0, cdn=cdn)
 
     async def _answer(self, scope: Scope, receive: Receive, *, cdn: bool) -> Response:
         for entry in self._routes:
