@@ -11,13 +11,21 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from deltahub import kinds
-from deltahub.composition import REGISTRY, Registry, active_names, check_conflicts, freeze, registry
+from deltahub.composition import (
+    REGISTRY,
+    Registry,
+    active_names,
+    check_conflicts,
+    freeze,
+    registry,
+    require_unmixed,
+)
 from deltahub.delta import Delta
 from deltahub.errors import HostError, InjectionError, KindError, TargetError, UsageError
 from deltahub.hosts import BLOCK, view_of
@@ -96,7 +104,8 @@ def _kind(kind: str | Mapping[str, object] | os.PathLike[str]) -> Kind:
 def _choose(model: nn.Module, targets: str | Sequence[str] | Choice, exclude: str | Sequence[str]) -> list[str]:
     """The paths of the modules that an author means, in the model's order."""
     modules = {n: m for n, m in model.named_modules() if n and SITE_PREFIX not in n}
-    names = {path: _lineage(slot.base if (slot := slot_of(m)) else type(m)) for path, m in modules.items()}
+    bases: dict[str, Any] = {p: slot.base if (slot := slot_of(m)) else type(m) for p, m in modules.items()}
+    names = {path: _lineage(base) for path, base in bases.items()}
     wanted = [targets] if isinstance(targets, str) or callable(targets) else list(targets)
     found: set[str] = set()
     for target in wanted:
@@ -114,7 +123,7 @@ def _choose(model: nn.Module, targets: str | Sequence[str] | Choice, exclude: st
 
 
 @functools.cache
-def _lineage(cls: type) -> tuple[str, ...]:
+def _lineage(cls: Any) -> tuple[str, ...]:
     return tuple(c.__name__ for c in cls.__mro__)
 
 
@@ -139,6 +148,7 @@ def attach_parts(
     home = registry(model) or Registry()
     if name in home:
         raise InjectionError("E_INJECTION_NAME_TAKEN", f"a delta {name!r} is attached already", hint="give name=")
+    require_unmixed(home)
     modules = {n: m for n, m in model.named_modules() if SITE_PREFIX not in n}
     generator = generator or torch.default_generator
     built: list[tuple[Part, nn.Module, Site]] = []
@@ -205,8 +215,7 @@ def _build(
             shape = part.kind.bind(part.config, shape, shapes)
             part.kind.tensors(part.config, shape, known=shapes)
         if shape not in known:
-            specs = part.kind.tensors(part.config, shape)
-            known[shape] = Bound(part.kind, part.config, shape), specs
+            known[shape] = Bound(part.kind, part.config, shape), part.kind.tensors(part.config, shape)
             _check_context(known[shape][0], module, path)
         bound, specs = known[shape]
     except KindError as error:

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from deltahub.errors import InjectionError
+from deltahub.errors import InjectionError, UsageError
+from deltahub.mixing import check_mixable, is_mixed, mixed_key, rows_of
 from deltahub.sites import SITE_PREFIX, Part, Site, Switch
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "deltas",
     "freeze",
     "registry",
+    "require_unmixed",
     "thaw",
     "using",
 ]
@@ -47,7 +49,7 @@ class Registry(dict[str, Any]):
         self.switch = Switch()
         self.frozen: dict[str, bool] | None = None
         self.undo: list[Callable[[], None]] = []
-        self.backbone: object = None
+        self.backbone: Any = None
         """The backbone section of the manifest that the model was loaded from, if it was."""
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -66,15 +68,34 @@ def deltas(model: nn.Module) -> Mapping[str, Any]:
 
 
 def active_names(home: Registry) -> list[str]:
-    """Names of the deltas that act, in order."""
-    return home.switch.key.split("\n") if home.switch.key else []
+    """Names of the deltas that act, in order; on any row, where each row has its own."""
+    key = home.switch.key
+    if is_mixed(key):
+        acting = {name for row in rows_of(key) for name in row.split("\n")}
+        return [name for name in home if name in acting]
+    return key.split("\n") if key else []
 
 
 def activate(home: Registry, names: Sequence[str], *, check: bool = True) -> None:
-    """Let exactly these deltas act."""
+    """Let exactly these deltas act.
+
+    Raises:
+        InjectionError: ``E_INJECTION_CONFLICT``; ``E_INJECTION_ROWS`` while each row has its own.
+    """
+    require_unmixed(home)
     if check:
         check_conflicts([home[name] for name in names])
     home.switch.key = "\n".join(names)
+
+
+def require_unmixed(home: Registry) -> None:
+    """Refuse to change what acts while each row of a batch has its own deltas."""
+    if is_mixed(home.switch.key):
+        raise InjectionError(
+            "E_INJECTION_ROWS",
+            "which deltas act cannot be changed while each row of a batch has its own",
+            hint="leave the block of `using` first",
+        )
 
 
 def _claims(site: Site) -> list[str]:
@@ -119,32 +140,65 @@ def _conflict(one: str, other: str, what: str) -> None:
     )
 
 
+Row = str | Sequence[str] | None
+"""What acts on one row of a batch: a delta, several in order, or none."""
+
+
 @contextlib.contextmanager
-def using(model: nn.Module, *names: str) -> Iterator[nn.Module]:
+def using(model: nn.Module, *names: str | Sequence[Row]) -> Iterator[nn.Module]:
     """Let exactly these deltas act inside the ``with`` block; none of them for no name.
+
+    Given one list, each row of a batch gets its own: ``using(model, ["a", "b", None, "a"])``. The first axis of every
+    module's input is then the batch: as long as the list, or a multiple of it with the rows of a sample together (the
+    beams of a search, the tokens of a sequence), or 1 for what all rows share.
 
     Args:
         model: a model with attached deltas.
-        names: names of attached deltas, in the order in which they act.
+        names: names of attached deltas, in the order in which they act; or one list with an entry per row: a name,
+            several, or ``None``.
 
     Raises:
         InjectionError: ``E_INJECTION_UNKNOWN`` for a name that is not attached, ``E_INJECTION_CONFLICT`` where two of
-            them cannot act together.
+            them cannot act together, ``E_INJECTION_ROWS`` where a kind or a module cannot be mixed.
+        UsageError: ``E_USAGE_ROWS`` where names and a list are given together, or the list is empty.
     """
     home = registry(model) or Registry()
-    for name in names:
+    rows = _rows(names)
+    sets = {tuple(dict.fromkeys(row)) for row in rows}
+    for name in dict.fromkeys(name for row in rows for name in row):
         _lookup(home, name)
     before = home.switch.key
-    resting = [d.name for d in home.values() if d.merged and d.name not in names]
+    resting = [d.name for d in home.values() if d.merged and any(d.name not in row for row in sets)]
     if resting:
         raise InjectionError(
             "E_INJECTION_MERGED", "a merged delta cannot rest", found=", ".join(resting), hint="unmerge it first"
         )
-    activate(home, list(dict.fromkeys(names)))
+    for row in sets:
+        check_conflicts([home[name] for name in row])
+    if names and not isinstance(names[0], str):
+        check_mixable([s for n in {n for r in sets for n in r} for p in home[n].parts for _, s in p.sites])
+        home.switch.key = mixed_key([list(dict.fromkeys(row)) for row in rows])
+    else:
+        home.switch.key = "\n".join(dict.fromkeys(rows[0]))
     try:
         yield model
     finally:
         home.switch.key = before
+
+
+def _rows(names: Sequence[str | Sequence[Row]]) -> list[list[str]]:
+    """One list of names; or one for each row."""
+    plain = [name for name in names if isinstance(name, str)]
+    if len(plain) == len(names):
+        return [plain]
+    if len(names) > 1 or not names[0]:
+        raise UsageError(
+            "E_USAGE_ROWS",
+            "which deltas act is given as names, or as one list with an entry for each row",
+            expected='using(model, "a", "b") or using(model, ["a", None, "b"])',
+            found=names,
+        )
+    return [[] if row is None else [row] if isinstance(row, str) else list(row) for row in names[0]]
 
 
 def _lookup(home: Mapping[str, Any], name: str) -> Any:

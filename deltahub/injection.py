@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from deltahub.contexts import CARRIED, block_of
 from deltahub.errors import HostError, InjectionError
 from deltahub.hosts import BLOCK
+from deltahub.mixing import MixedPlan
 from deltahub.sites import Plan, Site, Slot, Switch
 
 __all__ = ["add_site", "hosted", "merge_slot", "remove_site", "slot_of"]
@@ -33,7 +35,7 @@ def _block_input(base: type[nn.Module]) -> str | None:
 
 
 @functools.cache
-def hosted(base: type[nn.Module]) -> type[nn.Module]:
+def hosted(base: Any) -> type[nn.Module]:
     """The subclass of a module type that consults its slot; generated once per type."""
     first = _block_input(base)
     original = base.forward
@@ -41,6 +43,7 @@ def hosted(base: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         plan = self._deltahub.plan()
+        context = kwargs.pop(CARRIED) if CARRIED in kwargs else {}
         if plan is None:
             return original(self, *args, **kwargs)
         if args:
@@ -52,7 +55,11 @@ def hosted(base: type[nn.Module]) -> type[nn.Module]:
             raise HostError("E_HOST_NO_INPUT", "a hosted module was called without an input", where=base.__name__)
         if not rest and not kwargs and plan.slot.view is not BLOCK:
             return plan.run(self, functools.partial(original, self), x)
-        return _run_block(plan, self, original, x, rest, kwargs)
+        if plan.severed:
+            _check_heeded(base, x, rest, kwargs)
+        body = _Body(self, original, rest, kwargs, context)
+        y = plan.run(self, body, x)
+        return _with_first(body.whole[-1], y) if body.whole else y
 
     namespace = {
         "forward": forward,
@@ -75,19 +82,55 @@ def _context(self: nn.Module, name: str) -> Any:
     )  # attach refuses before this can be reached
 
 
-def _run_block(
-    plan: Plan, module: nn.Module, original: Callable[..., Any], x: Any, rest: Iterable[Any], kwargs: dict[str, Any]
-) -> Any:
-    """A block with further arguments, or one that returns more than a tensor: its first output is the one meant."""
-    whole: list[Any] = []
+def _check_heeded(base: type[nn.Module], x: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse what a replacement would ignore: nothing of a call is dropped without a word."""
+    block = block_of(base)
+    if block is None:
+        return
+    names = list(inspect.signature(base.forward).parameters)[2:]
+    given = {**dict(zip(names, rest, strict=False)), **kwargs}
+    for name in block.refuses:
+        if given.get(name) is not None:
+            raise HostError(
+                "E_HOST_ARGUMENT",
+                f"the replacement of this block cannot heed {name!r}",
+                where=base.__name__,
+                hint="call the model without it, or disable the delta",
+            )
+    if block.axes and x.ndim != block.axes:
+        raise HostError(
+            "E_HOST_ARGUMENT",
+            "the replacement of this block takes a sequence of tokens",
+            where=base.__name__,
+            expected=f"{block.axes} axes",
+            found=f"{x.ndim} axes",
+        )
 
-    def call(value: Any) -> Any:
-        out = original(module, value, *rest, **kwargs)
-        whole.append(out)
+
+class _Body:
+    """A block with its further arguments, or one that returns more than a tensor: its first output is the one meant."""
+
+    __slots__ = ("context", "kwargs", "module", "original", "rest", "whole")
+
+    def __init__(
+        self,
+        module: nn.Module,
+        original: Callable[..., Any],
+        rest: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: Mapping[str, Any],
+    ) -> None:
+        self.module = module
+        self.original = original
+        self.rest = rest
+        self.kwargs = kwargs
+        self.context = context
+        self.whole: list[Any] = []
+
+    def __call__(self, value: Any) -> Any:
+        out = self.original(self.module, value, *self.rest, **self.kwargs)
+        self.whole.append(out)
         return _first(out)
-
-    y = plan.run(module, call, x)
-    return _with_first(whole[-1], y) if whole else y
 
 
 def _first(out: Any) -> Any:
@@ -115,7 +158,7 @@ def _reduce(self: nn.Module, protocol: int) -> Any:
     return (_restore, (base,), self.__dict__)
 
 
-def _restore(base: type[nn.Module]) -> nn.Module:
+def _restore(base: Any) -> nn.Module:
     return object.__new__(hosted(base))
 
 
@@ -130,7 +173,7 @@ def add_site(module: nn.Module, site: Site, switch: Switch) -> None:
     if slot is None:
         slot = Slot(module=module, switch=switch)
         module.__dict__["_deltahub"] = slot
-        object.__setattr__(module, "__class__", hosted(slot.base))
+        object.__setattr__(module, "__class__", hosted(cast(Any, slot.base)))
     site.__dict__["training"] = module.training  # past nn.Module's own setattr, which looks for parameters
     slot.sites.append(site)
     slot.plans.clear()
