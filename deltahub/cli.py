@@ -311,6 +311,16 @@ def verify(
     _show(report, as_json, lambda r: str(r).splitlines())
 
 
+@app.command()
+def demo(
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training text.")] = 3,
+) -> None:
+    """Play a delta's whole life on a real model, offline: train, publish, load, merge, refuse."""
+    from deltahub.demo import run
+
+    raise typer.Exit(run(epochs=epochs))
+
+
 def main() -> None:
     """Run the command line of this process."""
     app()

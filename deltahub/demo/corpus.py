@@ -1,8 +1,8 @@
 """Real text that every Python carries: the first sentences of the standard library's docstrings, by chapter.
 
-The label of a sentence is the chapter of the library's reference that describes its module. Half of the split is a
-digest of the sentence itself, so that it is the same on every machine with the same Python; equal sentences are one
-sentence, and those that two chapters share are left out.
+The label of a sentence is the chapter of the library's reference that describes its module. The split is by a digest
+of the sentence itself, so that it is the same on every machine with the same Python; equal sentences are one sentence,
+and those that two chapters share are left out.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import hashlib
 import importlib
 import inspect
 import io
+import json
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 __all__ = ["CHAPTERS", "Corpus", "Sentence", "collect", "first_sentence"]
 
@@ -42,7 +44,8 @@ CHAPTERS: Mapping[str, str] = {
     " xml.sax.xmlreader xml.sax.saxutils xml.sax.expatreader",
     "development": "typing pydoc doctest unittest unittest.case unittest.mock unittest.loader unittest.suite"
     " unittest.result bdb faulthandler pdb timeit trace tracemalloc cProfile pstats",
-    "runtime": "sys builtins warnings dataclasses contextlib abc atexit traceback gc inspect site sysconfig codeop code",
+    "runtime": "sys builtins warnings dataclasses contextlib abc atexit traceback gc inspect site sysconfig codeop"
+    " code",
     "language and importing": "ast symtable token tokenize tabnanny pyclbr dis pickletools compileall py_compile"
     " importlib importlib.abc importlib.machinery importlib.resources importlib.metadata importlib.util zipimport"
     " pkgutil runpy modulefinder",
@@ -89,6 +92,18 @@ class Corpus:
         place = {chapter: i for i, chapter in enumerate(self.chapters)}
         return [place[sentence.chapter] for sentence in sentences]
 
+    def write(self, path: Path) -> None:
+        """Keep the corpus for other processes: libraries that are imported later may change what they would find."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Corpus:
+        """The corpus that :meth:`write` kept."""
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        for half in ("train", "test"):
+            kept[half] = [Sentence(**sentence) for sentence in kept[half]]
+        return cls(**kept)
+
     def balance(self) -> dict[str, tuple[int, int]]:
         """Sentences for training and for testing of each chapter."""
         train, test = (Counter(s.chapter for s in half) for half in (self.train, self.test))
@@ -115,17 +130,22 @@ def first_sentence(docstring: object) -> str | None:
 def _documented(name: str, module: object) -> Iterator[tuple[str, object]]:
     """A module and what it defines itself: functions, classes, and their methods and properties."""
     yield name, module
-    family = name.split(".")[0]
+    family = name.split(".", maxsplit=1)[0]
     for key, value in sorted(vars(module).items()):
         if key.startswith("_") or not (inspect.isclass(value) or inspect.isroutine(value)):
             continue
-        if not str(getattr(value, "__module__", "")).lstrip("_").startswith(family):
+        if not str(getattr(value, "__module__", None)).lstrip("_").startswith(family):
             continue
         yield f"{name}.{key}", value
         if inspect.isclass(value):
             for member, inner in sorted(vars(value).items()):
-                if not member.startswith("_"):
+                # Other libraries hang methods of their own on the standard library's classes.
+                if not member.startswith("_") and _own(inner, family):
                     yield f"{name}.{key}.{member}", inner
+
+
+def _own(value: object, family: str) -> bool:
+    return str(getattr(value, "__module__", None) or family).lstrip("_").startswith((family, "builtins"))
 
 
 def _sentences(chapter: str, name: str) -> Iterator[Sentence]:
