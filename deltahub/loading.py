@@ -181,6 +181,7 @@ def _load(
         local_files_only=local_files_only,
         lock=lock,
         policy=policy,
+        hash_local=False,
     )
     package = Package.open(pulled.path, root=pulled.root, allow_nonfinite=allow_nonfinite)
     fetching = {"endpoint": endpoint, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
