@@ -7,6 +7,8 @@ from benchmarks.harness import LAYERS12, LAYERS22, LINEARS, RANK, SCALE, Report,
 
 __all__ = ["run"]
 
+OURS, PEFT, LEAN = "deltahub.attach", "peft.get_peft_model", "the same, low_cpu_mem_usage, no autocast"
+
 
 def _case(report: Report, shape: Shape, *, repeats: int) -> None:
     from peft import get_peft_model
@@ -21,22 +23,16 @@ def _case(report: Report, shape: Shape, *, repeats: int) -> None:
 
     timings = measure(
         {
-            "deltahub.attach": lambda: deltahub.attach(ours, "lora", LINEARS, name="a", rank=RANK, scale=SCALE),
-            "peft.get_peft_model": lambda: get_peft_model(theirs, peft_config()),
-            "peft, low_cpu_mem_usage, no autocast": lambda: get_peft_model(
-                lean, peft_config(), low_cpu_mem_usage=True, autocast_adapter_dtype=False
-            ),
+            OURS: lambda: deltahub.attach(ours, "lora", LINEARS, name="a", rank=RANK, scale=SCALE),
+            PEFT: lambda: get_peft_model(theirs, peft_config()),
+            LEAN: lambda: get_peft_model(lean, peft_config(), low_cpu_mem_usage=True, autocast_adapter_dtype=False),
         },
-        after={
-            "deltahub.attach": detach,
-            "peft.get_peft_model": unload,
-            "peft, low_cpu_mem_usage, no autocast": unload,
-        },
+        after={OURS: detach, PEFT: unload, LEAN: unload},
         repeats=repeats,
         warmup=2,
     )
-    report.add(shape.name, timings, base="deltahub.attach")
-    ratio = timings["peft.get_peft_model"].median / timings["deltahub.attach"].median
+    report.add(shape.name, timings, base=OURS)
+    ratio = timings[PEFT].over(timings[OURS])
     report.goal(f"attach, {shape.name}: times faster than get_peft_model", ratio, 10, at_least=True)
 
 

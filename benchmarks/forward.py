@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 import deltahub
@@ -45,6 +47,10 @@ def _models(shape: Shape) -> dict[str, torch.nn.Module]:
     return {BARE: bare, LIVE: live, PEFT: theirs, MERGED: merged}
 
 
+def _pass(model: torch.nn.Module, ids: torch.Tensor) -> Callable[[], object]:
+    return lambda: model(input_ids=ids, use_cache=False)
+
+
 def _case(report: Report, shape: Shape, sizes: dict[tuple[int, int], int]) -> None:
     models = _models(shape)
     generator = torch.Generator().manual_seed(0)
@@ -56,15 +62,12 @@ def _case(report: Report, shape: Shape, sizes: dict[tuple[int, int], int]) -> No
                 torch.testing.assert_close(outputs[LIVE], outputs[name], rtol=1e-4, atol=1e-4)
             assert not torch.equal(outputs[LIVE], outputs[BARE])
             del outputs
-            timings = measure(
-                {n: lambda m=m: m(input_ids=ids, use_cache=False) and None for n, m in models.items()},
-                repeats=repeats,
-            )
+            timings = measure({name: _pass(model, ids) for name, model in models.items()}, repeats=repeats)
         case = f"{shape.name}, {rows}×{tokens}"
         report.add(case, timings, base=BARE)
-        medians = {name: timing.median for name, timing in timings.items()}
-        report.goal(f"{case}: unmerged, ours over peft's", medians[LIVE] / medians[PEFT], 1.0, at_least=False)
-        report.goal(f"{case}: merged over bare", medians[MERGED] / medians[BARE], 1.02, at_least=False)
+        live, merged = timings[LIVE].over(timings[PEFT]), timings[MERGED].over(timings[BARE])
+        report.goal(f"{case}: unmerged, ours over peft's", live, 1.0, at_least=False)
+        report.goal(f"{case}: merged over bare", merged, 1.02, at_least=False)
 
 
 def run(*, quick: bool = False) -> Report:
