@@ -26,6 +26,7 @@ from deltahub.composition import (
     registry,
     require_unmixed,
 )
+from deltahub.contexts import check_replaceable, give, provider_of
 from deltahub.delta import Delta
 from deltahub.errors import HostError, InjectionError, KindError, TargetError, UsageError
 from deltahub.hosts import BLOCK, view_of
@@ -165,15 +166,19 @@ def attach_parts(
                     hint="attach all deltas through the same outer model",
                 )
             built.append((part, module, _build(name, part, path, module, known, dtype, generator)))
+    providers = {path: None for _, module, site in built for path in _surroundings(site, modules, module)}
     delta = Delta(name=name, model=model, parts=parts)
+    delta.providers = tuple(providers)
     for part, module, site in built:
         part.sites.append((module, site))
+    _find_removed(parts)
     acting = active_names(home)
     check_conflicts([*(d for n, d in home.items() if n in acting), delta][: None if active else -1])
     home[name] = delta
     model.__dict__[REGISTRY] = home
     for _, module, site in built:
         add_site(module, site, home.switch)
+    give(modules, providers)
     if frozen:
         freeze(model, home)
     if active:
@@ -216,7 +221,6 @@ def _build(
             part.kind.tensors(part.config, shape, known=shapes)
         if shape not in known:
             known[shape] = Bound(part.kind, part.config, shape), part.kind.tensors(part.config, shape)
-            _check_context(known[shape][0], module, path)
         bound, specs = known[shape]
     except KindError as error:
         error.where = f"{path} ({base.__name__}), {error.where}" if error.where else f"{path} ({base.__name__})"
@@ -238,14 +242,33 @@ def _build(
     return Site(delta=delta, module=part.name, path=path, bound=bound, tensors=tensors, dropout=part.dropout)
 
 
-def _check_context(bound: Bound, module: nn.Module, path: str) -> None:
-    """Refuse a kind whose equations ask for what this host cannot give, before anything runs."""
-    asked = {name for port in bound.ports.values() for name in port.uses} & set(bound.kind.document.context)
-    if asked:
+def _surroundings(site: Site, modules: Mapping[str, nn.Module], module: nn.Module) -> list[str]:
+    """Who tells a site what its equations ask of the surroundings; refused before anything runs where nobody can."""
+    slot = slot_of(module)
+    base, view = (type(module), view_of(module)) if slot is None else (slot.base, slot.view)
+    if site.bound.severs:
+        check_replaceable(modules, site.path, base)
+    if not site.bound.context:
+        return []
+    if view is not BLOCK or site.bound.context != {"grid"}:
         raise HostError(
             "E_HOST_CONTEXT",
-            f"kind {bound.kind.name!r} needs what this host cannot give",
-            where=path,
-            expected=", ".join(sorted(asked)),
-            found=type(module).__name__,
+            f"kind {site.bound.kind.name!r} needs what this host cannot give",
+            where=site.path,
+            expected=", ".join(sorted(site.bound.context)),
+            found=f"a {view.name.lower()}, {base.__name__}",
         )
+    return [provider_of(modules, site.path)]
+
+
+def _find_removed(parts: Sequence[Part]) -> None:
+    """What fresh parts make unused: all parameters of the modules that they take the place of."""
+    for part in parts:
+        if part.tensors is None and not part.removes:
+            part.removes = tuple(
+                f"{site.path}.{name}"
+                for module, site in part.sites
+                if site.bound.severs
+                for name, _ in module.named_parameters()
+                if SITE_PREFIX not in name
+            )

@@ -127,7 +127,7 @@ def check_conflicts(chosen: Iterable[Attached]) -> None:
     for me, part in parts:
         for _, site in part.sites:
             for parameter, other in removed.items():
-                if other != me and parameter.startswith(f"{site.path}."):
+                if other != me and parameter.rpartition(".")[0] == site.path:
                     _conflict(me, other, parameter)
 
 

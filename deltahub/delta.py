@@ -17,6 +17,7 @@ from deltahub.composition import (
     registry,
     thaw,
 )
+from deltahub.contexts import withdraw
 from deltahub.errors import InjectionError, UsageError
 from deltahub.injection import merge_slot, remove_site, slot_of
 from deltahub.sites import SITE_PREFIX, Part, Site
@@ -37,6 +38,8 @@ class Delta:
         self.name = name
         self.parts = tuple(parts)
         self._model = model
+        self.providers: tuple[str, ...] = ()
+        """Paths of the modules that tell its sites what their equations ask of the surroundings."""
         self.report: object = None
         """How it was loaded: a :class:`deltahub.loading.LoadReport`, for a delta that came from a package."""
 
@@ -229,6 +232,9 @@ class Delta:
             for module, site in part.sites:
                 remove_site(module, site)
         del home[self.name]
+        if self.providers:
+            others = {path for d in home.values() for path in d.providers}
+            withdraw(dict(self._model.named_modules()), set(self.providers) - others)
         home.switch.strength.pop(self.name, None)
         activate(home, [name for name in active_names(home) if name != self.name], check=False)
         if not home:

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from deltahub.contexts import CARRIED, block_of
+from deltahub.contexts import CARRIED, Block, block_of
 from deltahub.errors import HostError, InjectionError
 from deltahub.hosts import BLOCK
 from deltahub.mixing import MixedPlan
@@ -28,16 +28,12 @@ from deltahub.sites import Plan, Site, Slot, Switch
 __all__ = ["add_site", "hosted", "merge_slot", "remove_site", "slot_of"]
 
 
-def _block_input(base: type[nn.Module]) -> str | None:
-    """The name of a block's first argument, for callers that pass it by keyword."""
-    names = list(inspect.signature(base.forward).parameters)
-    return names[1] if len(names) > 1 else None
-
-
 @functools.cache
 def hosted(base: Any) -> type[nn.Module]:
     """The subclass of a module type that consults its slot; generated once per type."""
-    first = _block_input(base)
+    names = list(inspect.signature(base.forward).parameters)[1:]
+    first = names.pop(0) if names else None
+    block = block_of(base)
     original = base.forward
 
     @functools.wraps(original)
@@ -55,11 +51,9 @@ def hosted(base: Any) -> type[nn.Module]:
             raise HostError("E_HOST_NO_INPUT", "a hosted module was called without an input", where=base.__name__)
         if not rest and not kwargs and plan.slot.view is not BLOCK:
             return plan.run(self, functools.partial(original, self), x)
-        if plan.severed:
-            _check_heeded(base, x, rest, kwargs)
-        body = _Body(self, original, rest, kwargs, context)
-        y = plan.run(self, body, x)
-        return _with_first(body.whole[-1], y) if body.whole else y
+        if block is not None and _severed(plan):
+            _check_heeded(block, dict(zip(names, rest, strict=False)) | kwargs if rest else kwargs, x)
+        return _run_block(plan, x, _Body(self, original, rest, kwargs, context))
 
     namespace = {
         "forward": forward,
@@ -80,31 +74,6 @@ def _context(self: nn.Module, name: str) -> Any:
     raise HostError(
         "E_HOST_CONTEXT", f"this host cannot give the context {name!r}", where=type(self).__name__
     )  # attach refuses before this can be reached
-
-
-def _check_heeded(base: type[nn.Module], x: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse what a replacement would ignore: nothing of a call is dropped without a word."""
-    block = block_of(base)
-    if block is None:
-        return
-    names = list(inspect.signature(base.forward).parameters)[2:]
-    given = {**dict(zip(names, rest, strict=False)), **kwargs}
-    for name in block.refuses:
-        if given.get(name) is not None:
-            raise HostError(
-                "E_HOST_ARGUMENT",
-                f"the replacement of this block cannot heed {name!r}",
-                where=base.__name__,
-                hint="call the model without it, or disable the delta",
-            )
-    if block.axes and x.ndim != block.axes:
-        raise HostError(
-            "E_HOST_ARGUMENT",
-            "the replacement of this block takes a sequence of tokens",
-            where=base.__name__,
-            expected=f"{block.axes} axes",
-            found=f"{x.ndim} axes",
-        )
 
 
 class _Body:
@@ -131,6 +100,41 @@ class _Body:
         out = self.original(self.module, value, *self.rest, **self.kwargs)
         self.whole.append(out)
         return _first(out)
+
+
+def _severed(plan: Plan | MixedPlan) -> bool:
+    """Whether a replacement acts, on any row, that never runs the block."""
+    if isinstance(plan, MixedPlan):
+        return any(one is not None and one.severed for one in plan.plans)
+    return plan.severed
+
+
+def _run_block(plan: Plan | MixedPlan, x: Any, body: _Body) -> Any:
+    if isinstance(plan, MixedPlan):
+        y = plan.run(body.module, body, x, together=True)
+    else:
+        y = plan.run(body.module, body, x)
+    return _with_first(body.whole[-1], y) if body.whole else y
+
+
+def _check_heeded(block: Block, given: Mapping[str, Any], x: Any) -> None:
+    """Refuse what a replacement would ignore: nothing of a call is dropped without a word."""
+    for name in block.refuses:
+        if given.get(name) is not None:
+            raise HostError(
+                "E_HOST_ARGUMENT",
+                f"the replacement of this block cannot heed {name!r}",
+                where=block.name,
+                hint="call the model without it, or disable the delta",
+            )
+    if block.axes and x.ndim != block.axes:
+        raise HostError(
+            "E_HOST_ARGUMENT",
+            "the replacement of this block takes a sequence of tokens",
+            where=block.name,
+            expected=f"{block.axes} axes",
+            found=f"{x.ndim} axes",
+        )
 
 
 def _first(out: Any) -> Any:

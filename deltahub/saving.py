@@ -162,6 +162,7 @@ def _touched(parts: Sequence[tuple[str, Part]]) -> list[str]:
             for name, value in module._parameters.items():
                 if value is not None:
                     found[f"{site.path}.{name}"] = None
+        found |= dict.fromkeys(part.removes)
     return list(found)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltahub.errors import HostError
 from deltahub.hosts import View, view_of
 from deltahub.merging import Change, Merging, at_once, blend, stored_transposed
 
@@ -50,7 +51,18 @@ class Switch:
 class Bound:
     """A kind with a config, bound to the facts of a host: its compiled ports. Pickles as data, copies as itself."""
 
-    __slots__ = ("_strong", "config", "kind", "live", "mergeable", "ports", "reads_weight", "shape")
+    __slots__ = (
+        "_strong",
+        "config",
+        "context",
+        "kind",
+        "live",
+        "mergeable",
+        "ports",
+        "reads_weight",
+        "severs",
+        "shape",
+    )
 
     def __init__(self, kind: Kind, config: Mapping[str, object], shape: HostShape) -> None:
         self.kind = kind
@@ -62,6 +74,11 @@ class Bound:
         self.live = any(port in self.ports for port in _LIVE)
         """Whether it runs by live equations; otherwise the host runs with the changed weight and bias."""
         self.reads_weight = any(self.ports[p].uses & {"W", "b"} for p in _LIVE if p in self.ports)
+        self.severs = "replace" in self.ports and not self.ports["replace"].uses & {"base", "W", "b"}
+        """Whether the host, with all its parameters, is never run."""
+        asked = {name for port in self.ports.values() for name in port.uses}
+        self.context = frozenset(asked & set(kind.document.context))
+        """What the equations ask of the surroundings."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return (Bound, (self.kind, self.config, self.shape))
@@ -177,7 +194,7 @@ class Plan:
         wrapped: sites whose live equations wrap the result, innermost first.
     """
 
-    __slots__ = ("plain", "slot", "weighted", "wrapped")
+    __slots__ = ("plain", "severed", "slot", "weighted", "wrapped")
 
     def __init__(self, slot: Slot, sites: Sequence[Site]) -> None:
         self.slot = slot
@@ -191,6 +208,7 @@ class Plan:
                 count = i
         self.weighted = tuple(dual[:count])
         self.wrapped = (*dual[count:], *(s for s in sites if not s.bound.mergeable))
+        self.severed = any(s.bound.severs for s in self.wrapped)
         self.plain = count == 0 and all(set(s.bound.ports) & set(_LIVE) == {"output"} for s in self.wrapped)
 
     def innermost(self, module: nn.Module, call: Callable[[Any], Any], x: Any) -> Any:
@@ -211,7 +229,7 @@ class Plan:
 
     def host(self, site: Site, module: nn.Module, call: Callable[[Any], Any]) -> Any:
         """What an equation's ``host`` is: the module, or a stand-in where its weight is another for this site."""
-        return Caller(self, 0, module, call) if site.bound.reads_weight else module
+        return Caller(self, 0, module, call) if site.bound.reads_weight or site.bound.context else module
 
     def level(self, depth: int, module: nn.Module, call: Callable[[Any], Any], x: Any) -> Any:
         """The host with its ``depth`` innermost wrapping sites."""
@@ -228,7 +246,7 @@ class Plan:
         inner = x
         if "input" in ports:
             s = self.slot.switch.strength.get(site.delta, 1.0)
-            inner = blend(x, ports["input"].fn(module, x, *_cast(site.tensors(), x)), s)
+            inner = blend(x, ports["input"].fn(self.host(site, module, call), x, *_cast(site.tensors(), x)), s)
         y = self.level(depth - 1, module, call, inner)
         return self.output(site, module, call, x, y) if "output" in ports else y
 
@@ -268,7 +286,15 @@ class Caller:
         return self.plan.slot.transformed(self.module, self.plan.weighted)[1]
 
     def deltahub_context(self, name: str) -> Any:
-        return self.module.deltahub_context(name)  # type: ignore[operator]
+        known = getattr(self.call, "context", {})
+        if name not in known:
+            raise HostError(
+                "E_HOST_CONTEXT",
+                f"this block was called by itself, and only the model around it knows the {name}",
+                where=type(self.module).__name__,
+                hint="call the model that the delta was attached to",
+            )
+        return known[name]
 
 
 def change_of(bound: Bound, names: Sequence[str], tensors: Sequence[Tensor], strength: float = 1.0) -> Change:

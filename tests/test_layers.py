@@ -26,6 +26,7 @@ LAYERS = (
     "kinds",
     "hosts",
     "merging",
+    "contexts",
     "package",
     "sites",
     "injection",
