@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from deltahub.errors import HostError
 from deltahub.hosts import View, view_of
 from deltahub.merging import Change, Merging, at_once, blend, stored_transposed
+from deltahub.mixing import MixedPlan, is_mixed, rows_of
 
 if TYPE_CHECKING:
     from deltahub.kinds import Kind, Port
@@ -192,9 +193,10 @@ class Plan:
     Attributes:
         weighted: sites that change the module's weight or bias before it is applied, in order.
         wrapped: sites whose live equations wrap the result, innermost first.
+        staged: whether the module runs exactly once, as it is, between equations of its input and of its output.
     """
 
-    __slots__ = ("plain", "severed", "slot", "weighted", "wrapped")
+    __slots__ = ("plain", "severed", "slot", "staged", "weighted", "wrapped")
 
     def __init__(self, slot: Slot, sites: Sequence[Site]) -> None:
         self.slot = slot
@@ -210,6 +212,7 @@ class Plan:
         self.wrapped = (*dual[count:], *(s for s in sites if not s.bound.mergeable))
         self.severed = any(s.bound.severs for s in self.wrapped)
         self.plain = count == 0 and all(set(s.bound.ports) & set(_LIVE) == {"output"} for s in self.wrapped)
+        self.staged = count == 0 and not any("replace" in s.bound.ports for s in self.wrapped)
 
     def innermost(self, module: nn.Module, call: Callable[[Any], Any], x: Any) -> Any:
         """The host itself, with the weighted sites' weight and bias."""
@@ -249,6 +252,24 @@ class Plan:
             inner = blend(x, ports["input"].fn(self.host(site, module, call), x, *_cast(site.tensors(), x)), s)
         y = self.level(depth - 1, module, call, inner)
         return self.output(site, module, call, x, y) if "output" in ports else y
+
+    def enter(self, module: nn.Module, x: Any) -> tuple[list[Any], Any]:
+        """What each wrapped site sees, and what the module of a staged plan gets."""
+        seen: list[Any] = [x] * len(self.wrapped)
+        for depth in reversed(range(len(self.wrapped))):
+            site = self.wrapped[depth]
+            seen[depth] = x
+            if "input" in site.bound.ports:
+                s = self.slot.switch.strength.get(site.delta, 1.0)
+                x = blend(x, site.bound.ports["input"].fn(module, x, *_cast(site.tensors(), x)), s)
+        return seen, x
+
+    def leave(self, module: nn.Module, call: Callable[[Any], Any], xs: Sequence[Any], y: Any) -> Any:
+        """What becomes of the output of a staged plan's module."""
+        for site, x in zip(self.wrapped, xs, strict=True):
+            if "output" in site.bound.ports:
+                y = self.output(site, module, call, x, y)
+        return y
 
     def output(self, site: Site, module: nn.Module, call: Callable[[Any], Any], x: Any, y: Any) -> Any:
         strength = self.slot.switch.strength.get(site.delta, 1.0)
@@ -320,14 +341,14 @@ class Slot:
         self.view: View = view_of(module)
         self.switch = switch
         self.sites: list[Site] = []
-        self.plans: dict[str, Plan | None] = {}
+        self.plans: dict[str, Plan | MixedPlan | None] = {}
         self.kept: dict[str, Tensor | None] | None = None
         """The module's own weight and bias while deltas are merged into it."""
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "plans": {}}
 
-    def plan(self) -> Plan | None:
+    def plan(self) -> Plan | MixedPlan | None:
         """The plan for the deltas that are active now; ``None`` where none of them acts here."""
         key = self.switch.key
         try:
@@ -335,7 +356,9 @@ class Slot:
         except KeyError:
             return self._build(key)
 
-    def _build(self, key: str) -> Plan | None:
+    def _build(self, key: str) -> Plan | MixedPlan | None:
+        if is_mixed(key):
+            return self._mixed(key)
         order = {name: i for i, name in enumerate(key.split("\n"))} if key else {}
         sites = [s for s in self.sites if s.delta in order]
         sites.sort(key=lambda s: order[s.delta])
@@ -343,6 +366,21 @@ class Slot:
         plan = Plan(self, sites) if live else None
         self.plans[key] = plan
         return plan
+
+    def _mixed(self, key: str) -> MixedPlan | None:
+        """The plan for a list of deltas per row; the one for another list is forgotten."""
+        for other in [k for k in self.plans if is_mixed(k)]:
+            del self.plans[other]
+        unlike: dict[tuple[int, ...], Plan] = {}
+        chosen: list[Plan | None] = []
+        for row in rows_of(key):
+            plan = cast("Plan | None", self.plans[row] if row in self.plans else self._build(row))
+            if plan is not None:  # deltas that have no site here make no difference
+                plan = unlike.setdefault(tuple(id(s) for s in (*plan.weighted, *plan.wrapped)), plan)
+            chosen.append(plan)
+        mixed = MixedPlan(self.sites[0].path, chosen, self.switch.strength) if unlike else None
+        self.plans[key] = mixed
+        return mixed
 
     def transformed(self, module: nn.Module, sites: Sequence[Site]) -> tuple[Tensor, Tensor | None]:
         """Weight and bias (canonical) after the given sites, computed in float32 and cast back once."""

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     "errors",
     "limits",
+    "progress",
     "tensors",
     "targets",
     "manifest",
@@ -26,6 +27,7 @@ LAYERS = (
     "kinds",
     "hosts",
     "merging",
+    "mixing",
     "contexts",
     "package",
     "sites",
@@ -44,6 +46,7 @@ LAYERS = (
     "recipes",
     "demo",
     "conformance",
+    "doctor",
     "cli",
 )
 # Beside the stack: what it may import, and nothing else.
