@@ -3,6 +3,7 @@
     merge("user/delta", "merged/")                       a checkpoint with the delta in its weights
     import_("adapter/", "package/", backbone="base/")    a package out of a foreign checkpoint
     export_("package/", "adapter/", to="peft")           and back
+    diff("base/", "tuned/", "package/")                  a package out of two checkpoints; pack and unpack make it small
 
 A foreign format is a module with ``sniff``, ``import_`` and perhaps ``export_``, found through the entry points
 ``deltahub.converters``; another distribution can bring its own.
@@ -13,7 +14,23 @@ from __future__ import annotations
 if __name__ != "deltahub.converters":
     raise ImportError("import deltahub.converters, not converters")
 
+from deltahub.converters.diff import DiffReport, diff
 from deltahub.converters.formats import Converter, convert, export_, formats, import_, sniff
 from deltahub.converters.merge import MergeReport, merge
+from deltahub.converters.packing import PackReport, pack, unpack
 
-__all__ = ["Converter", "MergeReport", "convert", "export_", "formats", "import_", "merge", "sniff"]
+__all__ = [
+    "Converter",
+    "DiffReport",
+    "MergeReport",
+    "PackReport",
+    "convert",
+    "diff",
+    "export_",
+    "formats",
+    "import_",
+    "merge",
+    "pack",
+    "sniff",
+    "unpack",
+]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltahub.converters.architecture import Architecture, architecture
-from deltahub.converters.checkpoint import Checkpoint
+from deltahub.converters.checkpoint import Checkpoint, Stored
 from deltahub.errors import ConverterError
 
 if TYPE_CHECKING:
@@ -92,6 +92,11 @@ class Base:
         if isinstance(backbone, (str, os.PathLike)):
             return cls.of_folder(backbone, class_name=class_name, settings=settings)
         return cls.of_module(backbone)
+
+    def stored(self, live: str) -> tuple[Checkpoint, Stored] | None:
+        """The checkpoint that a parameter lies in, and where; only for a backbone that has files."""
+        name = self.arch.stored.get(live)
+        return None if name is None or self._checkpoint is None else (self._checkpoint, self._checkpoint[name])
 
     def value(self, live: str) -> Tensor | None:
         """A parameter as stored, by its live name; ``None`` where the backbone does not have it."""

@@ -16,6 +16,7 @@ from deltahub.errors import ConverterError, DeltaHubError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from deltahub.kinds import Kind
     from deltahub.package import Package
 
 __all__ = ["Entry", "Keys", "entries_of", "need_kind", "read_json", "read_tensors", "write_entries"]
@@ -33,6 +34,7 @@ class Entry:
         config: what its document asks for.
         tensors: by the names of the document.
         group: prefix of the module's name in the manifest.
+        document: of a kind that is not built in and travels with the package.
     """
 
     path: str
@@ -40,6 +42,13 @@ class Entry:
     config: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     group: str = ""
+    document: Mapping[str, Any] | None = None
+
+    def resolved(self) -> Kind:
+        """The kind itself."""
+        from deltahub import kinds
+
+        return kinds.get(self.kind, documents=() if self.document is None else (self.document,))
 
 
 def need_kind(name: str, why: str) -> None:
@@ -75,7 +84,6 @@ def write_entries(
             ``E_CONVERT_SITE`` where a kind does not fit its module, with the module's path.
         PackageError: NaN or infinity, or the folder cannot be written.
     """
-    from deltahub import kinds
     from deltahub.package import write
     from deltahub.targets import abbreviate
 
@@ -102,7 +110,7 @@ def write_entries(
             {
                 "name": name,
                 "kind": kind,
-                "version": kinds.get(kind).version,
+                "version": members[0].resolved().version,
                 "config": config,
                 "targets": abbreviate(paths),
             }
@@ -111,6 +119,9 @@ def write_entries(
             tensors.update({f"{name}/{entry.path}/{key}": value for key, value in entry.tensors.items()})
     manifest: dict[str, Any] = {"backbone": base.section(base.touched(entry.path for entry in entries))}
     manifest["modules"] = modules
+    documents = {entry.kind: dict(entry.document) for entry in entries if entry.document is not None}
+    if documents:
+        manifest["kinds"] = list(documents.values())
     if base.settings:
         manifest["settings"] = base.settings
     if extensions:
@@ -119,10 +130,8 @@ def write_entries(
 
 
 def _check(entry: Entry, base: Base) -> None:
-    from deltahub import kinds
-
     host = base.arch.host(entry.path)
-    kind = kinds.get(entry.kind)
+    kind = entry.resolved()
     try:
         config = kind.check_config(entry.config)
         kind.fits(host.shape, config)

@@ -12,12 +12,13 @@ unless the original configuration came along and still says the same: servers an
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltahub.converters.base import Base
 from deltahub.converters.entries import Entry, Keys, need_kind, read_json, read_tensors, write_entries
+from deltahub.converters.parameters import base_values, whole
 from deltahub.converters.peft_config import EXTENSION, Scales, Wanted, check_config, kept
 from deltahub.errors import ConverterError
 
@@ -231,12 +232,12 @@ def _lora(config: Mapping[str, Any], keys: Keys, base: Base) -> list[Entry]:
     adapted: list[str] = []
     for path, part in sites.items():
         if not part.keys() & {"a", "b", "embedding_a", "embedding_b", "b_bias", "magnitude"}:
-            entries += _base_values(path, part, base)
+            entries += base_values(path, part, base)
             continue
         adapted.append(path)
-        entries += _base_values(path, part, base)
+        entries += base_values(path, part, base)
         entries.append(_lora_entry(path, part, scales, base, keys.where))
-    entries += _whole(plain, keys, base)
+    entries += whole(plain, keys, base)
     keys.finish()
     scales.finish(adapted)
     Wanted(config, base).check(adapted, keys.where)
@@ -274,65 +275,6 @@ def _lora_entry(path: str, part: dict[str, Tensor], scales: Scales, base: Base, 
         return Entry(path=path, kind="dora", config=values, tensors=tensors)
     base.arch.host(path)
     return Entry(path=path, kind="lora", config=values, tensors=tensors)
-
-
-def _base_values(path: str, part: Mapping[str, Tensor], base: Base) -> list[Entry]:
-    """Copies of the backbone's own parameters that PEFT stores beside an adapter: dropped where they are equal."""
-    import torch
-
-    host = base.arch.host(path)
-    found: list[Entry] = []
-    weight, bias = part.get("base_weight"), part.get("base_bias")
-    if weight is not None:
-        own = base.value(f"{path}.weight")
-        same = own is not None and own.shape == weight.shape and torch.equal(own.to(weight.dtype), weight)
-        if not same:
-            tensors = {"weight": host.view.canonical(weight).contiguous()}
-            if host.shape.bias:
-                own_bias = bias if bias is not None else base.value(f"{path}.bias")
-                assert own_bias is not None
-                tensors["bias"] = own_bias
-            return [Entry(path=path, kind="assign", tensors=tensors, group="saved")]
-    if bias is not None:
-        found += _bias(path, bias, base)
-    return found
-
-
-def _bias(path: str, bias: Tensor, base: Base) -> list[Entry]:
-    """A bias that was trained as a whole, as what it adds to the backbone's."""
-    import torch
-
-    own = base.value(f"{path}.bias")
-    if own is None or own.shape != bias.shape:
-        raise ConverterError("E_CONVERT_TARGET", "the backbone has no such bias", where=f"{path}.bias")
-    value = (bias.double() - own.double()).to(torch.promote_types(bias.dtype, torch.float32))
-    if not bool(value.any()):
-        return []
-    return [Entry(path=path, kind="bias", config={"scale": 1.0}, tensors={"value": value})]
-
-
-def _whole(names: Sequence[str], keys: Keys, base: Base) -> list[Entry]:
-    """Parameters that were saved whole: heads and other modules to save, and trained biases."""
-    saved: dict[str, dict[str, Tensor]] = {}
-    for key in names:
-        path, _, name = key.rpartition(".")
-        if name in {"weight", "bias"} and path:
-            saved.setdefault(path, {})[name] = keys.take(key)
-    entries: list[Entry] = []
-    for path, part in saved.items():
-        host = base.arch.host(path)
-        if part.keys() == {"bias"} and host.shape.bias:
-            entries += _bias(path, part["bias"], base)
-            continue
-        if host.shape.bias != ("bias" in part) or "weight" not in part:
-            raise ConverterError(
-                "E_CONVERT_MISSING", "a module was saved in part", where=f"{keys.where}: {path}", found=sorted(part)
-            )
-        tensors = {"weight": host.view.canonical(part["weight"]).contiguous()}
-        if "bias" in part:
-            tensors["bias"] = part["bias"]
-        entries.append(Entry(path=path, kind="assign", tensors=tensors, group="saved"))
-    return entries
 
 
 _READERS = {"LORA": _lora}
