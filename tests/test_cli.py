@@ -17,7 +17,10 @@ from deltahub.cli import app
 from deltahub.testing import LoopbackHub
 
 Maker = Callable[..., Path]
-VERBS = ("kinds", "inspect", "verify", "fingerprint", "pull", "push", "search")
+VERBS = (
+    *("kinds", "inspect", "verify", "fingerprint", "pull", "push", "search"),
+    *("lock", "card", "sign", "doctor"),
+)
 
 
 def run(*args: object, code: int = 0) -> Any:
@@ -229,3 +232,165 @@ finally:
     assert bad.stdout == ""
     assert bad.stderr.startswith("[E_")
     assert "Traceback" not in bad.stderr
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, Path]:
+    """A private key and its public one, as files."""
+    pytest.importorskip("cryptography")
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    kind = serialization.BestAvailableEncryption(b"secret")
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, kind)
+    (tmp_path / "acme.pem").write_bytes(pem)
+    public = serialization.PublicFormat.SubjectPublicKeyInfo
+    (tmp_path / "acme.pub").write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, public))
+    return tmp_path / "acme.pem", tmp_path / "acme.pub"
+
+
+def test_sign_and_verify(make_package: Maker, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    private, public = keys
+    folder = make_package()
+    error = run_json("pull", folder, "--signed-by", public, code=1)["error"]
+    assert error["code"] == "E_SIGN_MISSING"
+    assert run_json("sign", folder, "--key", private, code=1)["error"]["code"] == "E_SIGN_KEY"  # it has a password
+    assert "delta.json" in run_json("sign", folder, "--key", private, "--password", "secret")["files"]
+    assert run_json("pull", folder, "--signed-by", public)["signer"] == "acme"
+    assert run("pull", folder, "--signed-by", public).stdout.splitlines()[-1].split() == ["signer", "acme"]
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[[signers]]\nname = "Acme releases"\nkey = "acme.pub"\n')
+    assert run_json("pull", folder, "--policy", policy, "--require-signature")["signer"] == "Acme releases"
+    (folder / "model.sig").unlink()
+    assert run_json("pull", folder, "--policy", policy)["signer"] is None
+    assert run_json("pull", folder, "--policy", policy, "--require-signature", code=1)["error"]["code"] == (
+        "E_SIGN_MISSING"
+    )
+    assert "--policy or --signed-by" in run("pull", folder, "--require-signature", code=2).stderr
+    assert "cannot be read" in run("pull", folder, "--signed-by", tmp_path / "none", code=2).stderr
+
+
+def test_lock(make_package: Maker, hub: LoopbackHub, cache: Path, tmp_path: Path) -> None:
+    to = ("--endpoint", hub.url, "--token", hub.token)
+    first = run_json("push", make_package(seed=1), "tester/delta", *to)["commit"]
+    file = tmp_path / "deltahub.lock"
+    locked = run_json("lock", "tester/delta", "--out", file, "--cache-dir", cache, *to)
+    assert [entry["commit"] for entry in locked["packages"]] == [first]
+    assert locked == json.loads(file.read_text())
+    run("push", make_package("second", seed=2), "tester/delta", *to)
+    assert run_json("pull", "tester/delta", "--cache-dir", cache, *to)["commit"] != first
+    assert run_json("pull", "tester/delta", "--lock", file, "--cache-dir", cache, *to)["commit"] == first
+    error = run_json("pull", "tester/other", "--lock", file, "--cache-dir", cache, *to, code=1)["error"]
+    assert error["code"] == "E_HUB_LOCK_MISMATCH"
+    again = run("lock", "tester/delta", "--out", file, "--cache-dir", cache, *to).stdout
+    assert "hf://tester/delta" in again
+    assert again.splitlines()[-1] == f"written to {file}"
+
+
+def test_card(make_package: Maker) -> None:
+    folder = make_package()
+    path = Path(run_json("card", folder, "user/delta", "--license", "mit", "--metric", "accuracy=0.91")["path"])
+    text = path.read_text()
+    assert 'deltahub.load("user/delta")' in text
+    assert "license: mit" in text
+    assert "| accuracy | 0.91 |" in text
+    path.write_text(f"{text}\nMy own words.\n")
+    assert run("card", folder, "--summary", "late").stdout.strip() == str(path)
+    assert "My own words." in path.read_text()
+    assert "NAME=NUMBER" in run("card", folder, "--metric", "accuracy", code=2).stderr
+
+
+def test_search_says_how_sure_it_is(make_package: Maker, hub: LoopbackHub) -> None:
+    to = ("--endpoint", hub.url, "--token", hub.token)
+    run("push", make_package(), "tester/delta", *to)
+    hub.create("org/base", {"config.json": b"{}"})
+    head, row = run("search", "--backbone", "org/base", *to).stdout.splitlines()
+    assert head.split() == ["repository", "match", "kinds", "backbone", "downloads", "updated"]
+    assert row.split()[:4] == ["tester/delta", "name", "lora", "org/base"]
+    assert "match" not in run("search", *to).stdout
+    assert run("search", "--kind", "bias", *to).stdout == "nothing found\n"
+
+
+def test_doctor() -> None:
+    found = run_json("doctor", "--offline", "--endpoint", "https://huggingface.co")
+    assert found["deltahub"] == deltahub.__version__
+    assert found["answer"] == "not asked"
+    assert "cpu" in found["devices"]
+    assert {"torch", "huggingface_hub"} <= {part["name"] for part in found["parts"]}
+    assert "deltahub[" in run("doctor", "--offline").stdout or not any(extra["missing"] for extra in found["extras"])
+    broken = run("doctor").stdout  # nothing listens at the tests' endpoint
+    assert "PROBLEM: http://127.0.0.1:1 cannot be reached" in broken
+
+
+def test_doctor_knows_the_extras() -> None:
+    import tomllib
+
+    from deltahub.doctor import EXTRAS
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(EXTRAS) == set(project["optional-dependencies"]) - {"all", "dev", "docs"}
+    for extra, (parts, _) in EXTRAS.items():
+        wanted = " ".join(project["optional-dependencies"][extra])
+        assert all(part in wanted for part in parts), extra
+
+
+def test_a_folder_that_is_almost_there(make_package: Maker) -> None:
+    folder = make_package("package")
+    error = run_json("inspect", folder.parent / "pakage", code=1)["error"]
+    assert error["hint"] == f"did you mean {folder}?"
+
+
+def test_progress_is_told(make_package: Maker, hub: LoopbackHub, cache: Path) -> None:
+    """Every byte of a download and of hashing is told to who listens, and to nobody else."""
+    from deltahub.hub import pull
+    from deltahub.progress import listening
+
+    class Log:
+        def __init__(self) -> None:
+            self.steps: list[tuple[str, int | None]] = []
+            self.done: dict[int, int] = {}
+            self.ended: set[int] = set()
+
+        def begin(self, label: str, total: int | None) -> int:
+            self.steps.append((label, total))
+            return len(self.steps) - 1
+
+        def advance(self, step: int, amount: int) -> None:
+            self.done[step] = self.done.get(step, 0) + amount
+
+        def end(self, step: int) -> None:
+            self.ended.add(step)
+
+    folder = make_package()
+    size = (folder / "delta.safetensors").stat().st_size
+    commit = deltahub.push(folder, "tester/delta", endpoint=hub.url, token=hub.token).commit
+    log = Log()
+    with listening(log):
+        pull(f"tester/delta@{commit}", cache_dir=cache, endpoint=hub.url, token=hub.token)
+    told = {label: (total, log.done.get(n)) for n, (label, total) in enumerate(log.steps)}
+    assert told["fetching delta.safetensors"] == (size, size)
+    assert {told[label] for label in told if label.startswith("checking ")} == {(size, size)}
+    assert log.ended == set(range(len(log.steps)))
+    before = len(log.steps)
+    pull(folder)
+    assert len(log.steps) == before
+
+
+def test_bars_are_drawn_only_after_a_moment(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deltahub.cli import bars
+    from deltahub.progress import listening, step
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with bars.Bars() as drawn, listening(drawn), step("checking", 10) as advance:
+        advance(10)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(bars, "_MOMENT", 0.0)
+    with bars.Bars() as drawn, listening(drawn), step("checking", 10) as advance:
+        advance(5)
+        advance(5)
+    captured = capsys.readouterr()
+    assert "checking" in captured.err
+    assert captured.out == ""

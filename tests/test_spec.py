@@ -184,7 +184,23 @@ def test_example_kinds_are_valid() -> None:
 
 def test_every_example_in_json_or_toml_is_marked() -> None:
     for info, _ in FENCE.findall(text()):
-        assert info in {"text", "ebnf", "json manifest", "json kind", "toml kind"}, info
+        assert info in {"text", "ebnf", "json manifest", "json kind", "toml kind", "json lock", "toml policy"}, info
+
+
+def test_example_lock_and_policy_are_read(tmp_path: Path) -> None:
+    from deltahub.hub import Lock
+    from deltahub.sign import Policy
+
+    (lock,) = examples("lock")
+    (tmp_path / "deltahub.lock").write_text(lock, encoding="utf-8")
+    assert Lock.read(tmp_path / "deltahub.lock").packages[0].source == "hf://user/delta"
+    (policy,) = examples("policy")
+    (tmp_path / "policy.toml").write_text(policy, encoding="utf-8")
+    (tmp_path / "acme.pub").write_bytes(b"a key")
+    read = Policy.read(tmp_path / "policy.toml")
+    assert read.demands("acme/delta")
+    assert not read.demands("other/one-repository")
+    assert read.signers[0].covers("other/one-repository")
 
 
 if __name__ == "__main__":

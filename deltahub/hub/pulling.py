@@ -16,7 +16,8 @@ from deltahub import limits
 from deltahub.errors import HubError
 from deltahub.hub.explain import explained
 from deltahub.hub.guard import guarded
-from deltahub.hub.sources import Source, check_endpoint, parse_source
+from deltahub.hub.sources import Source, check_endpoint, near, parse_source
+from deltahub.hub.telling import told
 from deltahub.manifest import Manifest
 from deltahub.tensors import open_regular, sha256_file
 
@@ -151,7 +152,7 @@ def _pull_local(source: Source, policy: Policy | None, *, hashing: bool) -> Pull
     assert source.path is not None
     path = source.path.resolve()
     if not (path / MANIFEST).is_file():
-        raise not_a_package(str(source.path))
+        raise not_a_package(str(source.path), near(str(source.path)))
     manifest, sha256 = read_manifest(path / MANIFEST)
     signature = None
     if policy is not None:
@@ -162,12 +163,13 @@ def _pull_local(source: Source, policy: Policy | None, *, hashing: bool) -> Pull
     return PulledPackage(path=path, root=path, source=source, manifest=manifest, sha256=sha256, signature=signature)
 
 
-def not_a_package(where: str) -> HubError:
+def not_a_package(where: str, hint: str | None = None) -> HubError:
     return HubError(
         "E_HUB_NOT_A_PACKAGE",
         "there is no delta.json here",
         where=where,
-        hint="another tool's adapter is converted with `deltahub convert`; a package in a subfolder is named with hf://",
+        hint=hint
+        or "another tool's adapter is converted with `deltahub convert`; a package in a subfolder is named with hf://",
     )
 
 
@@ -308,9 +310,9 @@ def fetch(client: Client, source: Source, commit: str, name: str, *, limit: int,
     remote = str(PurePosixPath(source.subfolder, name))
     where = f"{source.repo_id}@{commit[:12]}/{remote}"
     options: dict[str, Any] = {"cache_dir": client.cache, "local_files_only": client.offline, **agent()}
-    with explained(where), guarded(where, limit=limit, size=size):
+    with explained(where), guarded(where, limit=limit, size=size), told(f"fetching {name}", size) as bar:
         local = huggingface_hub.hf_hub_download(
-            source.repo_id, remote, revision=commit, endpoint=client.endpoint, token=client.token, **options
+            source.repo_id, remote, revision=commit, endpoint=client.endpoint, token=client.token, **options, **bar
         )
     path = Path(local)
     if not path.resolve().is_relative_to(client.cache):

@@ -10,8 +10,9 @@ s3://bucket/folder …              a mirror
 
 from __future__ import annotations
 
-__all__ = ["Source", "check_endpoint", "parse_source"]
+__all__ = ["Source", "check_endpoint", "near", "parse_source"]
 
+import difflib
 import ipaddress
 import os
 import re
@@ -86,7 +87,7 @@ def parse_source(source: str | os.PathLike[str], *, revision: str | None = None,
     else:
         body = text
         if text.count("/") != 1 and "@" not in text:
-            raise _wrong(text, "it is not the name of a repository, and no folder of this name exists here")
+            raise _wrong(text, "it is not the name of a repository, and no folder of this name exists here", near(text))
     return _hub(text, body, revision)
 
 
@@ -144,8 +145,19 @@ def _page(url: str, endpoint: str | None) -> str | None:
     return match[1] + (f"@{match[2]}" if match[2] else "") + (match[3] or "").removesuffix("/delta.json")
 
 
-def _wrong(text: str, why: str) -> HubError:
-    return HubError("E_HUB_SOURCE", f"this is not a source of a package: {why}", found=text, expected=_FORMS)
+def near(text: str) -> str | None:
+    """A hint that names packages here whose folders are called almost like this one."""
+    wanted = Path(text).expanduser()
+    try:
+        beside = [path.name for path in wanted.parent.iterdir() if (path / "delta.json").is_file()]
+    except OSError:
+        return None
+    found = [str(wanted.parent / name) for name in difflib.get_close_matches(wanted.name, beside, 3)]
+    return f"did you mean {' or '.join(found)}?" if found else None
+
+
+def _wrong(text: str, why: str, hint: str | None = None) -> HubError:
+    return HubError("E_HUB_SOURCE", f"this is not a source of a package: {why}", found=text, expected=_FORMS, hint=hint)
 
 
 def _endpoint(endpoint: str | None) -> str:

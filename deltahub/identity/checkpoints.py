@@ -16,6 +16,7 @@ from deltahub.identity.locate import Located, Source, weight_files
 from deltahub.identity.memory import recall, remember
 from deltahub.identity.stamps import Spec, Stamp
 from deltahub.identity.tree import leaf_pair
+from deltahub.progress import step
 from deltahub.tensors import DTYPES, TensorFile, value_bytes, value_layout
 
 if TYPE_CHECKING:
@@ -49,17 +50,21 @@ class Checkpoint(ABC):
 
 
 def _hash(jobs: list[tuple[str, Spec, Callable[[], memoryview]]], *, bf16: bool) -> Leaves:
-    def one(job: tuple[str, Spec, Callable[[], memoryview]]) -> tuple[bytes, bytes]:
-        _, spec, data = job
-        return leaf_pair(spec.dtype, spec.shape, data(), bf16=bf16)
-
     # The largest first, so that no thread is left alone with one at the end.
     sizes = {name: math.prod(spec.shape) * DTYPES[spec.dtype] // 8 for name, spec, _ in jobs}
     jobs = sorted(jobs, key=lambda job: -sizes[job[0]])
-    if _WORKERS == 1 or len(jobs) < 2 or sum(sizes.values()) < _FEW:
-        return {job[0]: one(job) for job in jobs}
-    with ThreadPoolExecutor(_WORKERS) as pool:
-        return dict(zip((job[0] for job in jobs), pool.map(one, jobs), strict=True))
+    with step("checking the backbone", sum(sizes.values())) as advance:
+
+        def one(job: tuple[str, Spec, Callable[[], memoryview]]) -> tuple[bytes, bytes]:
+            name, spec, data = job
+            pair = leaf_pair(spec.dtype, spec.shape, data(), bf16=bf16)
+            advance(sizes[name])
+            return pair
+
+        if _WORKERS == 1 or len(jobs) < 2 or sum(sizes.values()) < _FEW:
+            return {job[0]: one(job) for job in jobs}
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            return dict(zip((job[0] for job in jobs), pool.map(one, jobs), strict=True))
 
 
 class _Part:

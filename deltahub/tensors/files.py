@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from deltahub.errors import TensorFileError
+from deltahub.progress import heard, step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,8 +60,16 @@ def sha256_file(path: str | os.PathLike[str]) -> tuple[int, str]:
     """Size in bytes and SHA-256 (lower-case hex) of a regular file; errors as :func:`open_regular`."""
     with open_regular(path) as file:
         try:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return file.tell(), digest
+            if not heard():
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                return file.tell(), digest
+            with step(f"checking {Path(path).name}", os.fstat(file.fileno()).st_size) as advance:
+                running, size = hashlib.sha256(), 0
+                while chunk := file.read(CHUNK):
+                    running.update(chunk)
+                    size += len(chunk)
+                    advance(len(chunk))
+                return size, running.hexdigest()
         except OSError as error:
             raise TensorFileError("E_TENSORS_UNREADABLE", f"the file cannot be read: {error}", where=path) from None
 
