@@ -162,6 +162,11 @@ class Case:
     host: Host
 
     @property
+    def family(self) -> str:
+        module = self.host.make()
+        return view_of(module).shape(module, type(module)).family
+
+    @property
     def id(self) -> str:
         options = ",".join(f"{k}={v}" for k, v in self.config)
         return f"{self.kind}[{options}]-{self.host.name}"

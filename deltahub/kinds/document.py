@@ -52,6 +52,9 @@ INITIALISERS: Mapping[str, tuple[int, int]] = MappingProxyType(
         "orthogonal": (0, 1),
         "eye": (0, 0),
         "indices": (1, 1),
+        "paired": (1, 1),
+        "singular_in": (0, 0),
+        "singular_out": (0, 0),
         "weight": (0, 0),
         "bias": (0, 0),
     }

@@ -74,6 +74,12 @@ def _indices(shape: tuple[int, ...], g: torch.Generator, bound: float) -> Tensor
     return found[torch.randperm(len(found), generator=g, device=g.device)[:count]].reshape(shape)
 
 
+def _paired(shape: tuple[int, ...], g: torch.Generator, std: float) -> Tensor:
+    """Columns that come in equal pairs; the last of an odd number is alone."""
+    half = _normal((*shape[:-1], (shape[-1] + 1) // 2), g, std)
+    return half.repeat_interleave(2, -1)[..., : shape[-1]]
+
+
 _DRAWS: Mapping[str, Draw] = {
     "zeros": lambda shape, g: torch.zeros(shape, device=g.device),
     "ones": lambda shape, g: torch.ones(shape, device=g.device),
@@ -86,6 +92,7 @@ _DRAWS: Mapping[str, Draw] = {
     "orthogonal": _orthogonal,
     "eye": _eye,
     "indices": _indices,
+    "paired": _paired,
 }
 _FRESH = frozenset({"zeros", "ones", "normal", "uniform", "kaiming_uniform", "xavier_uniform", "xavier_normal"})
 """Draws that are contiguous, of the asked shape, and in nobody else's memory."""
@@ -98,6 +105,11 @@ def _same(value: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
+def _check_bound(spec: TensorSpec, dtype: torch.dtype) -> None:
+    if spec.init == "indices" and not dtype.is_floating_point and spec.arguments[0] - 1 > torch.iinfo(dtype).max:
+        raise ValueError(f"{dtype} does not hold indices up to {int(spec.arguments[0]) - 1}")
+
+
 def _copied(spec: TensorSpec, W: Tensor | None, b: Tensor | None) -> Tensor:
     if spec.init == "bias" and b is None:
         return torch.zeros(spec.shape)
@@ -105,6 +117,20 @@ def _copied(spec: TensorSpec, W: Tensor | None, b: Tensor | None) -> Tensor:
     if source is None:
         raise ValueError("there is no weight to copy")
     return source.detach()
+
+
+def _singular(spec: TensorSpec, W: Tensor | None) -> Tensor:
+    """The first singular vectors of the weight: those of the inputs, or those of the outputs times the values."""
+    if W is None:
+        raise ValueError("there is no weight to decompose")
+    u, s, v = torch.linalg.svd(W.detach().float().flatten(1), full_matrices=False)
+    rank = spec.shape[0] if spec.init == "singular_in" else spec.shape[-1]
+    if rank > len(s):
+        raise ValueError(f"the weight has {len(s)} singular values")
+    # The sign that a decomposition leaves open: the largest entry of every output vector is positive.
+    sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()[0, :rank]
+    value: Tensor = sign[:, None] * v[:rank] if spec.init == "singular_in" else u[:, :rank] * (sign * s[:rank])
+    return value
 
 
 def _evaluated(spec: TensorSpec, W: Tensor | None, b: Tensor | None) -> Tensor:
@@ -149,11 +175,14 @@ def initial(
         with torch.no_grad():
             if spec.init in {"weight", "bias"}:
                 value = _copied(spec, W, b)
+            elif spec.init in {"singular_in", "singular_out"}:
+                value = _singular(spec, W)
             elif spec.init == "expression":
                 value = _evaluated(spec, W, b)
             else:
                 value = _DRAWS[spec.init](spec.shape, generator, *spec.arguments)
             value = value.reshape(_same(value, spec.shape))
+            _check_bound(spec, fixed)
             where = value.device if device is None else torch.device(device)
             return value.to(device=where, dtype=fixed, copy=True, memory_format=torch.contiguous_format)
     except (ValueError, RuntimeError, TypeError) as error:

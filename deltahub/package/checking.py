@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __all__ = ["Header", "Site", "check_kinds", "check_tensors"]
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from types import MappingProxyType
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltahub.errors import DeltaHubError, KindError, PackageError
 from deltahub.kinds import HostShape, Kind, Registry
-from deltahub.kinds.fields import holds
+from deltahub.kinds.fields import Dim, holds
 from deltahub.kinds.layout import conditions
 from deltahub.kinds.tree import Name
 
@@ -188,9 +188,8 @@ def _undecided(site: Site, shape: HostShape, known: Mapping[str, tuple[int, ...]
     fields = site.kind.document.tensors
     present = {name: f.dtype for name, f in fields.items() if holds(f.when, conditions(site.config, shape))}
     complete = known.keys() >= present.keys()
-    spread = any(dim.spread for name in present for dim in fields[name].dims)
     for name, lengths in known.items():
-        if name not in present or (complete and (spread or len(lengths) != len(fields[name].dims))):
+        if name not in present or (complete and not _ranked(fields[name].dims, len(lengths))):
             raise PackageError(
                 "E_PACKAGE_TENSORS",
                 f"the tensor {name!r} does not have a name and shape that its kind gives it under this config",
@@ -198,6 +197,12 @@ def _undecided(site: Site, shape: HostShape, known: Mapping[str, tuple[int, ...]
                 found={name: list(lengths)},
             )
     return present
+
+
+def _ranked(dims: Sequence[Dim], rank: int) -> bool:
+    """Whether a tensor of this rank may have such a shape; a spread stands for any number of axes."""
+    fixed = sum(not dim.spread for dim in dims)
+    return rank >= fixed if fixed < len(dims) else rank == fixed
 
 
 def _dtypes(wanted: Mapping[str, str], facts: Header, place: str) -> list[DeltaHubError]:

@@ -266,8 +266,8 @@ def test_a_package_cannot_take_a_name(documents: list[dict[str, Any]], says: str
 
 
 def test_unknown_kinds() -> None:
-    with pytest.raises(KindError, match="unknown kind 'lroa'; did you mean lora") as caught:
-        get("lroa")
+    with pytest.raises(KindError, match="unknown kind 'loraa'; did you mean lora") as caught:
+        get("loraa")
     assert caught.value.code == "E_KIND_UNKNOWN"
     with pytest.raises(KindError, match="has no version 7 here"):
         get("lora", 7)

@@ -40,7 +40,8 @@ def configs(kind: Kind) -> list[dict[str, object]]:
     plain: dict[str, object] = {}
     other: dict[str, object] = {}
     for name, entry in kind.document.config.items():
-        guess = {"integer": 2, "number": 1.5, "boolean": True, "string": (entry.enum or ("",))[-1]}[entry.type]
+        guess = {"integer": 2, "number": 1.5, "boolean": True, "string": ""}[entry.type]
+        guess = entry.enum[-1] if entry.enum else guess
         plain[name] = guess if entry.default is MISSING else entry.default
         other[name] = not entry.default if entry.type == "boolean" else guess
     given = VALUES.get(kind.name, {})

@@ -168,11 +168,12 @@ def test_exact_division_is_a_length() -> None:
 
 @pytest.mark.parametrize("name", sorted(INITIALISERS))
 def test_initialisers(name: str) -> None:
-    arguments = {"constant": "(0.5)", "normal": "(0.5)", "uniform": "(0.5)", "indices": "(in * out)"}.get(name, "")
+    taking = {"constant": "(0.5)", "normal": "(0.5)", "uniform": "(0.5)", "indices": "(in * out)", "paired": "(0.5)"}
+    arguments = taking.get(name, "")
     dtype = "int64" if name == "indices" else "float"
-    length = "out" if name == "bias" else "*weight"
+    lengths = {"bias": ["out"], "singular_in": ["in", "in"]}.get(name, ["*weight"])
     k = kind(
-        tensors={"t": {"shape": [length], "init": name + arguments, "dtype": dtype}},
+        tensors={"t": {"shape": lengths, "init": name + arguments, "dtype": dtype}},
         equations={"weight": "W + float32(sum(t, axis=0))"},
     )
     spec = k.tensors({}, LINEAR)["t"]
@@ -182,7 +183,7 @@ def test_initialisers(name: str) -> None:
     assert made[0].dtype == (torch.int64 if name == "indices" else torch.float32)
     assert made[0].is_contiguous()
     assert torch.equal(made[0], made[1])
-    random = name not in {"zeros", "ones", "constant", "eye", "weight", "bias"}
+    random = name not in {"zeros", "ones", "constant", "eye", "weight", "bias", "singular_in", "singular_out"}
     assert torch.equal(made[0], made[2]) is not random
     if name in {"weight", "bias"}:
         source = W if name == "weight" else b
@@ -194,6 +195,12 @@ def test_initialisers(name: str) -> None:
         assert made[0].max() < 48
     if name == "orthogonal":
         torch.testing.assert_close(made[0].T @ made[0], torch.eye(6))
+    if name == "paired":
+        assert torch.equal(made[0][:, ::2], made[0][:, 1::2])
+    if name == "singular_in":
+        torch.testing.assert_close(made[0].T @ made[0], torch.eye(6))
+    if name == "singular_out":
+        torch.testing.assert_close(made[0] @ made[0].T, W @ W.T)
     if name == "kaiming_uniform":
         assert made[0].abs().max() <= 6**-0.5
 
@@ -234,6 +241,15 @@ def test_an_initialiser_that_does_not_fit(shape: list[str], init: str, W: torch.
     with pytest.raises(KindError) as caught:
         k.init(k.tensors({}, LINEAR)["t"], torch.Generator(), W=W)
     assert caught.value.code == "E_KIND_INIT"
+
+
+def test_indices_beyond_their_type_are_refused() -> None:
+    k = kind(
+        tensors={"t": {"shape": [50], "init": "indices(2 ** 40)", "dtype": "int32"}},
+        equations={"weight": "W + float32(sum(t, axis=0))"},
+    )
+    with pytest.raises(KindError, match="does not hold indices up to"):
+        k.init(k.tensors({}, LINEAR)["t"], torch.Generator())
 
 
 def test_few_indices_of_very_many_take_little_memory() -> None:
