@@ -7,6 +7,7 @@ __all__ = ["PulledPackage", "pull"]
 import contextlib
 import hashlib
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,7 @@ from deltahub.hub.sources import Source, check_endpoint, near, parse_source
 from deltahub.hub.telling import told
 from deltahub.manifest import Manifest
 from deltahub.tensors import open_regular, sha256_file
+from deltahub.tensors.reading import MAX_BYTES
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -173,9 +175,14 @@ def not_a_package(where: str, hint: str | None = None) -> HubError:
     )
 
 
-def _read(path: Path, limit: int) -> bytes:
+def _head(path: Path, limit: int) -> bytes:
+    """A file's bytes, and one more than the limit at most."""
     with open_regular(path) as file:
-        data = file.read(limit + 1)
+        return file.read(limit + 1)
+
+
+def _read(path: Path, limit: int) -> bytes:
+    data = _head(path, limit)
     if len(data) > limit:
         raise HubError("E_HUB_TOO_LARGE", "the file is larger than it may be", where=path, expected=f"{limit} bytes")
     return data
@@ -183,7 +190,7 @@ def _read(path: Path, limit: int) -> bytes:
 
 def read_manifest(path: Path) -> tuple[Manifest, str]:
     """Read, hash and parse a manifest from one set of bytes."""
-    data = _read(path, limits.DEFAULT.manifest_bytes)
+    data = _head(path, limits.DEFAULT.manifest_bytes)
     return Manifest.parse(data, where=str(path)), hashlib.sha256(data).hexdigest()
 
 
@@ -204,12 +211,22 @@ def check_files(folder: Path, root: Path, manifest: Manifest, *, evict: bool = F
 
 
 def check_file(path: Path, root: Path, size: int, sha256: str, *, evict: bool = False) -> None:
-    real = path.resolve()
+    """Hash one file, unless its size alone says that it is another or too large to be hashed for nothing."""
+    try:
+        real = path.resolve(strict=True)
+        status = real.stat()
+    except FileNotFoundError:
+        raise HubError("E_HUB_FILE_NOT_FOUND", "a file that the manifest lists is not there", where=path) from None
+    except (OSError, RuntimeError) as error:
+        raise HubError("E_HUB_PATH", "a file of the package cannot be looked at", where=path, found=error) from None
     if not real.is_relative_to(root):
         raise HubError("E_HUB_PATH", "a file of the package lies outside it", where=path, found=real)
-    if not real.exists():
-        raise HubError("E_HUB_FILE_NOT_FOUND", "a file that the manifest lists is not there", where=path)
-    found = sha256_file(real)
+    if size > MAX_BYTES:
+        raise HubError(
+            "E_HUB_TOO_LARGE", "the file is larger than it may be", where=path, expected=f"{MAX_BYTES} bytes", found=size
+        )
+    other = stat.S_ISREG(status.st_mode) and status.st_size != size
+    found = (status.st_size, "not computed") if other else sha256_file(real)
     if found == (size, sha256):
         return
     if evict:

@@ -34,7 +34,8 @@ def locate(folder: Path, name: str, *, root: Path | None) -> Path:
     try:
         found = path.resolve(strict=True)
         status = found.stat()
-        home = (root or folder).resolve(strict=True)
+        own = folder.resolve(strict=True)
+        home = own if root is None else root.resolve(strict=True)
     except FileNotFoundError:
         raise PackageError(
             "E_PACKAGE_MISSING",
@@ -55,7 +56,7 @@ def locate(folder: Path, name: str, *, root: Path | None) -> Path:
         )
     if not stat.S_ISREG(status.st_mode):
         raise PackageError("E_PACKAGE_FILE", f"{name!r} is no regular file", where=path)
-    if status.st_nlink > 1 and root is None:
+    if status.st_nlink > 1 and home == own:
         raise PackageError(
             "E_PACKAGE_OUTSIDE",
             f"{name!r} is a hard link: the same file has another name",
