@@ -19,7 +19,7 @@ from deltahub.hub.explain import explained
 from deltahub.hub.guard import guarded
 from deltahub.hub.pulling import MANIFEST, SIGNATURE, Client, expected_files, fetch, read_manifest
 from deltahub.hub.sources import Source, check_endpoint, parse_source
-from deltahub.tensors import sha256_file
+from deltahub.tensors import open_regular, sha256_file
 from deltahub.tensors.files import replacing
 
 if TYPE_CHECKING:
@@ -162,9 +162,29 @@ def _branched(api: HfApi, target: Source, look: Callable[[], _Remote]) -> _Remot
 
 def _local_files(package: Package) -> dict[str, Path | bytes]:
     """Everything that is published: the manifest, what it lists, the signature, and a card of the user's own."""
+    from deltahub.package.folder import locate
+
     names = [MANIFEST, *expected_files(package.manifest)]
     names += [name for name in (SIGNATURE, CARD) if (package.path / name).is_file()]
+    for name in names:  # what a link leads to elsewhere on this machine is nobody's to publish
+        locate(package.path, name, root=package.root)
     return {name: package.path / name for name in names}
+
+
+def _text(path: Path) -> str:
+    """A card's text.
+
+    Raises:
+        HubError: ``E_HUB_CARD`` where it is too long or not UTF-8.
+    """
+    with open_regular(path) as file:
+        data = file.read(_CARD_BYTES + 1)
+    try:
+        if len(data) > _CARD_BYTES:
+            raise ValueError(f"more than {_CARD_BYTES} bytes")
+        return data.decode("utf-8")
+    except ValueError as error:
+        raise HubError("E_HUB_CARD", "the model card cannot be read", where=path, found=error) from None
 
 
 def write_card(folder: str | os.PathLike[str], repo_id: str, *, details: CardDetails | None = None) -> Path:
@@ -183,10 +203,11 @@ def write_card(folder: str | os.PathLike[str], repo_id: str, *, details: CardDet
         HubError: ``E_HUB_CARD`` where the card that is there cannot be read.
     """
     from deltahub.package import Package
+    from deltahub.package.folder import locate
 
     with Package.open(folder) as package:
         path = package.path / CARD
-        existing = path.read_text("utf-8") if path.is_file() else None
+        existing = _text(locate(package.path, CARD, root=package.root)) if path.is_file() else None
         card = render_card(
             package.manifest, repo_id=repo_id, existing=existing, details=details, parameters=_parameters(package)
         )
@@ -201,9 +222,9 @@ def _card(
     local = package.path / CARD
     existing = None
     if local.is_file():
-        existing = local.read_text("utf-8")
+        existing = _text(local)
     elif CARD in remote.files:
-        existing = _remote_file(client, target, remote, CARD, scratch, limit=_CARD_BYTES).read_text("utf-8")
+        existing = _text(_remote_file(client, target, remote, CARD, scratch, limit=_CARD_BYTES))
     card = render_card(
         package.manifest, repo_id=target.repo_id, existing=existing, details=details, parameters=_parameters(package)
     )

@@ -134,8 +134,11 @@ def card_metadata(content: str) -> dict[str, Any]:
     """
     match = re.match(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", content, re.DOTALL)
     try:
-        metadata = (yaml.safe_load(match[1]) if match else None) or {}
-    except yaml.YAMLError as error:
+        front = match[1] if match else ""
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(front)):
+            raise ValueError("metadata must not use aliases")
+        metadata = yaml.safe_load(front) or {}
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from None
     if not isinstance(metadata, dict):
         raise ValueError("metadata must be a map")  # noqa: TRY004 - the answer is the same as for bad YAML
