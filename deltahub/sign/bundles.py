@@ -183,7 +183,8 @@ def _envelope(raw: bytes, where: str) -> tuple[str, bytes, bytes]:
     try:
         _must(len(raw) <= _BUNDLE_BYTES, "it is too large")
         bundle = json.loads(raw, object_pairs_hook=_unique)
-        with_key = "publicKey" in bundle["verificationMaterial"]
+        material = bundle["verificationMaterial"]
+        with_key = isinstance(material, dict) and "publicKey" in material
         _must(with_key, "it was not made with a key, but with a certificate; use model-signing for it")
         envelope = bundle["dsseEnvelope"]
         (signature,) = envelope["signatures"]
