@@ -205,7 +205,8 @@ def merge_slot(module: nn.Module, merged: set[str]) -> None:
         merged: names of the deltas whose weight and bias equations are to be in the parameters.
 
     Raises:
-        InjectionError: ``E_INJECTION_MERGE_ORDER`` where a delta before a merged one stays live.
+        InjectionError: ``E_INJECTION_MERGE_ORDER`` where a delta before a merged one stays live,
+            ``E_INJECTION_NONFINITE`` where the result overflows the weight's dtype.
     """
     slot = slot_of(module)
     assert slot is not None
@@ -235,11 +236,34 @@ def merge_slot(module: nn.Module, merged: set[str]) -> None:
         with torch.no_grad():
             weight, bias = slot.merged(module, chosen)
             new: dict[str, Tensor | None] = {"weight": view.stored(weight).contiguous(), "bias": bias}
+            _check_finite(kept, new, f"{chosen[0].path} ({slot.base.__name__})")
         slot.kept = {k: None if v is None else v.detach() for k, v in kept.items()}
         _put(module, new)
     for site in dual:
         site.merged = site in chosen
     slot.plans.clear()
+
+
+def _check_finite(before: Mapping[str, Tensor | None], after: Mapping[str, Tensor | None], where: str) -> None:
+    """Refuse a merge that overflows the dtype of the weight, as float16 does beyond 65504."""
+    for name, value in after.items():
+        old = before[name]
+        if value is not None and not _finite(value) and (old is None or _finite(old)):
+            raise InjectionError(
+                "E_INJECTION_NONFINITE",
+                f"merging gives a {name} that is not finite",
+                where=where,
+                found=str(value.dtype).removeprefix("torch."),
+                hint="keep the delta live, or load the backbone in bfloat16 or float32",
+            )
+
+
+def _finite(value: Tensor) -> bool:
+    """Whether nothing in it is NaN or infinite, in one pass and without a mask of its size."""
+    if not value.is_floating_point() or not value.numel():
+        return True
+    least, greatest = torch.aminmax(value.detach())
+    return bool(torch.isfinite(least) & torch.isfinite(greatest))
 
 
 def _put(module: nn.Module, values: Mapping[str, Tensor | None]) -> None:

@@ -21,6 +21,7 @@ from deltahub import identity
 from deltahub.attaching import attach_parts
 from deltahub.backbones import apply_settings, build, require_covered, resolve
 from deltahub.composition import registry, using
+from deltahub.effects import effect_of
 from deltahub.errors import PackageError
 from deltahub.hub import PulledPackage, pull
 from deltahub.package import Package, Probe
@@ -147,7 +148,11 @@ def load(
         allow_nonfinite=allow_nonfinite,
     )
     if merge:
-        delta.merge(permanently=True)
+        try:
+            delta.merge(permanently=True)
+        except BaseException:
+            delta.detach()
+            raise
     return model
 
 
@@ -184,6 +189,8 @@ def _load(
         hash_local=False,
     )
     package = Package.open(pulled.path, root=pulled.root, allow_nonfinite=allow_nonfinite)
+    if package.manifest != pulled.manifest:  # signatures and locks speak of what was read first
+        raise PackageError("E_PACKAGE_CHANGED", "the manifest was changed while it was loaded", where=pulled.path)
     fetching = {"endpoint": endpoint, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     model, report, notes = _backbone(
         package.manifest, backbone, verify, fetching, device=device, device_map=device_map, dtype=dtype,
@@ -378,7 +385,7 @@ def _replay(model: nn.Module, probe: Probe) -> dict[str, float]:
 def _effect(model: nn.Module, delta: Delta, probe: Probe | None) -> float:
     """How much the delta changes: on the probe's outputs where there is one, else on its own tensors' sites."""
     if probe is None:
-        return max((float(t.abs().max()) for t in delta.tensors().values() if t.is_floating_point()), default=0.0)
+        return effect_of(model, delta)
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in probe.inputs.items()}
     acting = make_probe(model, inputs, None).outputs

@@ -41,6 +41,7 @@ LAYERS = (
     "saving",
     "delta",
     "attaching",
+    "effects",
     "loading",
     "converters",
     "recipes",

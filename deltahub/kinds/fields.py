@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 MAX_CONFIG_INTEGER = 2**31 - 1
 MAX_CONFIG_STRING = 256
+_LARGEST_NUMBER = 3.4e38
+"""Deltas compute in float32 or less; a larger factor would make infinities of what it multiplies."""
 MISSING = object()
 """The default of a config value that must be given."""
 
@@ -117,8 +119,8 @@ class ConfigField:
 
     def _check_number(self, value: float, where: str) -> None:
         # A whole number beyond every float would overflow below, so it is looked at before it is converted.
-        if self.type == "number" and not abs(value) <= 1e300:
-            raise self._error("must be a finite number", value, where)
+        if self.type == "number" and not abs(value) <= _LARGEST_NUMBER:
+            raise self._error("must be finite in float32", value, where)
         if self.type == "integer" and abs(value) > MAX_CONFIG_INTEGER:
             raise self._error(f"must be at most {MAX_CONFIG_INTEGER}", value, where)
         for bound, allowed, words in (
