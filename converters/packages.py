@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,12 +18,10 @@ def opened(source: Package | str | os.PathLike[str]) -> Package:
         PackageError: it is no package, or altered.
         HubError: it is neither a folder nor on the Hub.
     """
+    from deltahub import hub
     from deltahub.package import Package
 
     if isinstance(source, Package):
         return source
-    if Path(source).is_dir() or isinstance(source, os.PathLike):
-        return Package.open(Path(source))
-    from deltahub import hub
-
-    return Package.open(hub.pull(source).path)
+    pulled = hub.pull(source)
+    return Package.open(pulled.path, root=pulled.root)

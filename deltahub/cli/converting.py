@@ -1,0 +1,139 @@
+"""Out of packages and into them: merged checkpoints, diffs, foreign formats, packing."""
+
+from __future__ import annotations
+
+__all__: list[str] = []
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deltahub.cli.base import Json, app, as_bytes, show
+
+Backbone = Annotated[str | None, typer.Option(help="A folder, or a repository: org/name, org/name@revision.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The new folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it is there.")]
+
+
+@app.command()
+def merge(
+    packages: Annotated[list[str], typer.Argument(help="Folders or repositories; they act in this order.")],
+    out: Out,
+    backbone: Backbone = None,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="A factor for each package; one for all by default.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as the backbone by default.")] = None,
+    max_shard_bytes: Annotated[int | None, typer.Option(help="Size of a file at most; as the backbone's.")] = None,
+    verify: Annotated[str, typer.Option(help="structure, touched or full.")] = "touched",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint with deltas in its weights, without ever holding the model."""
+    from deltahub.converters import merge as run
+
+    factors = weight or [1.0]
+    found = run(
+        packages,
+        out,
+        backbone=backbone,
+        weights=factors[0] if len(factors) == 1 else factors,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        verify=verify,
+        overwrite=overwrite,
+    )
+
+    def lines(result: Any) -> Iterable[str]:
+        yield f"{result.folder}: {as_bytes(result.written)} in {result.seconds:.1f} s"
+        yield f"{len(result.changed)} tensor(s) changed, {len(result.added)} added, {as_bytes(result.copied)} copied"
+        yield str(result.identity)
+
+    show(found, as_json, lines)
+
+
+@app.command()
+def diff(
+    base: Annotated[str, typer.Argument(help="The backbone: a folder or a repository.")],
+    tuned: Annotated[str, typer.Argument(help="The fine-tuned checkpoint.")],
+    out: Out,
+    form: Annotated[str, typer.Option(help="exact, lowrank or dense.")] = "exact",
+    rank: Annotated[int | None, typer.Option(help="Of a low-rank diff.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Share of the difference that a low-rank diff keeps.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write the difference between two checkpoints as a package."""
+    from deltahub.converters import diff as run
+
+    found = run(base, tuned, out, form=form, rank=rank, energy=energy, overwrite=overwrite)
+
+    def lines(result: dict[str, Any]) -> Iterable[str]:
+        yield f"{result['folder']}: {len(result['parameters'])} parameter(s) differ, {result['untouched']} do not"
+        for one in result["parameters"]:
+            if one.form != "exact":
+                shape = f"{one.form}, rank {one.rank}" if one.rank else one.form
+                yield f"{one.name}: {shape}, relative error {one.relative:.2g}, largest {one.largest:.2g}"
+
+    document = {"folder": str(out), "parameters": found.parameters, "untouched": found.untouched}
+    show(document, as_json, lines)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A foreign checkpoint; with --to, a package.")],
+    out: Out,
+    to: Annotated[str | None, typer.Option(help="The format to write; a package by default.")] = None,
+    from_: Annotated[str | None, typer.Option("--from", help="The format to read; found out by default.")] = None,
+    backbone: Backbone = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pickles, without running code.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Bring a checkpoint of another library into a package, or a package into another library's format."""
+    from deltahub.converters import export_, import_
+
+    options: dict[str, Any] = {} if backbone is None else {"backbone": backbone}
+    if to is not None:
+        export_(source, out, to=to, **options)
+    else:
+        import_(source, out, from_=from_, allow_pickle=allow_pickle, overwrite=overwrite, **options)
+    show({"path": str(out)}, as_json, lambda result: [result["path"]])
+
+
+@app.command()
+def pack(
+    package: Annotated[str, typer.Argument(help="A folder or a repository.")],
+    out: Out,
+    backbone: Annotated[str, typer.Option(help="What it was made for: a folder or a repository.")],
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Code a package's tensors against its backbone, without loss."""
+    from deltahub.converters import pack as run
+
+    found = run(package, out, backbone=backbone, overwrite=overwrite)
+
+    def lines(result: Any) -> Iterable[str]:
+        yield f"{result.folder}: {as_bytes(result.before)} became {as_bytes(result.after)}"
+        if result.coded:
+            yield f"{result.bits:.2f} bits for each of {result.coded} weights"
+
+    show(found, as_json, lines)
+
+
+@app.command()
+def unpack(
+    packed: Annotated[Path, typer.Argument(help="A packed package.")],
+    out: Out,
+    backbone: Annotated[str, typer.Option(help="What it was made for: a folder or a repository.")],
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Restore a packed package, byte for byte."""
+    from deltahub.converters import unpack as run
+
+    run(packed, out, backbone=backbone, overwrite=overwrite)
+    show({"path": str(out)}, as_json, lambda result: [result["path"]])
