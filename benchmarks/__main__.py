@@ -1,4 +1,4 @@
-"""``python -m benchmarks [attach] [load] [forward] [--quick]``: measure, print, and write ``benchmarks/out``."""
+"""``python -m benchmarks [NAME …] [--quick]``: measure, print, and write ``benchmarks/out``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import tempfile
 import warnings
 
-NAMES = ("attach", "load", "forward")
+NAMES = ("attach", "load", "forward", "mixed")
 
 
 def main(arguments: list[str] | None = None) -> int:

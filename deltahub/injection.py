@@ -112,6 +112,12 @@ def _severed(plan: Plan | MixedPlan) -> bool:
 def _run_block(plan: Plan | MixedPlan, x: Any, body: _Body) -> Any:
     if isinstance(plan, MixedPlan):
         y = plan.run(body.module, body, x, together=True)
+        if len(body.whole) > 1 and not isinstance(body.whole[-1], Tensor):
+            raise InjectionError(
+                "E_INJECTION_ROWS",
+                "a module that returns more than a tensor cannot run once for each delta of a batch",
+                where=plan.path,
+            )
     else:
         y = plan.run(body.module, body, x)
     return _with_first(body.whole[-1], y) if body.whole else y

@@ -8,9 +8,9 @@ and output, a thousandth of what its weight costs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,6 @@ from torch import Tensor, nn
 
 from deltahub.errors import InjectionError
 from deltahub.kinds.torch_ops import SETTLED
-
-if TYPE_CHECKING:
-    from torch import fx
 
 __all__ = ["MixedPlan", "check_mixable", "is_mixed", "mixed_key", "rows_of"]
 
@@ -71,7 +68,7 @@ class _Plan(Protocol):
     weighted: tuple[Any, ...]
     wrapped: tuple[Any, ...]
 
-    def enter(self, module: nn.Module, x: Any) -> tuple[list[Any], Any]: ...
+    def enter(self, module: nn.Module, call: Callable[[Any], Any], x: Any) -> tuple[list[Any], Any]: ...
     def leave(self, module: nn.Module, call: Callable[[Any], Any], xs: Sequence[Any], y: Any) -> Any: ...
     def run(self, module: nn.Module, call: Callable[[Any], Any], x: Any) -> Any: ...
 
@@ -129,7 +126,8 @@ class Layout:
 
     def split(self, x: Tensor) -> Sequence[Tensor]:
         """The rows of each group."""
-        return self.gathered(x).split(self.sizes)
+        parts: Sequence[Tensor] = torch.split(self.gathered(x), self.sizes)
+        return parts
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The inverse of :meth:`split`."""
@@ -147,18 +145,17 @@ class LowRank:
 
 def low_rank(port: Any) -> LowRank | None:
     """What an output equation amounts to, if it is a product of two matrices; found in its graph, not by its name."""
-    graph: fx.Graph = port.graph
-    nodes = list(graph.nodes)
+    nodes: list[Any] = list(port.graph.nodes)
     inputs = [n for n in nodes if n.op == "placeholder"]
     x, y = inputs[1], inputs[2]
     tensors = {n: i for i, n in enumerate(inputs[3:])}
-    result = cast("fx.Node", nodes[-1].args[0])
+    result = nodes[-1].args[0]
     if result.target not in {SETTLED["add"], SETTLED["add_scaled"]} or result.args[0] is not y:
         return None
     outer = result.args[1]
-    if getattr(outer, "target", None) is not F.linear or len(outer.args) != 2 or outer.args[1] not in tensors:  # type: ignore[union-attr]
+    if getattr(outer, "target", None) is not F.linear or len(outer.args) != 2 or outer.args[1] not in tensors:
         return None
-    inner: Any = outer.args[0]  # type: ignore[union-attr]
+    inner = outer.args[0]
     if getattr(inner, "target", None) is F.linear:
         source = inner.args
     elif getattr(inner, "target", None) is SETTLED["host_apply"] and port.origin[2].family == "linear":
@@ -167,11 +164,8 @@ def low_rank(port: Any) -> LowRank | None:
         return None
     if len(source) != 2 or source[0] is not x or source[1] not in tensors:
         return None
-    return LowRank(
-        down=tensors[source[1]],
-        up=tensors[outer.args[1]],
-        factor=float(result.kwargs.get("alpha", 1.0)),  # type: ignore[union-attr, index, arg-type]
-    )
+    factor = float(result.kwargs.get("alpha", 1.0))
+    return LowRank(down=tensors[source[1]], up=tensors[outer.args[1]], factor=factor)
 
 
 class _Together:
@@ -182,32 +176,122 @@ class _Together:
         self.x = x
         self.y: Sequence[Tensor] | None = None
 
-    def of(self, group: int) -> Callable[[Any], Any]:
-        def call(value: Any) -> Any:
-            if value is self.parts[group]:
-                if self.y is None:
-                    self.y = self.layout.split(self.call(self.x))
-                return self.y[group]
-            parts = [value if i == group else part for i, part in enumerate(self.parts)]
-            return self.layout.split(self.call(self.layout.join(parts)))[group]
+    def rows(self, group: int, value: Any) -> Any:
+        """What the block makes of these rows, among the others as they are."""
+        if value is self.parts[group]:
+            if self.y is None:
+                self.y = self.layout.split(self.call(self.x))
+            return self.y[group]
+        parts = [value if i == group else part for i, part in enumerate(self.parts)]
+        return self.layout.split(self.call(self.layout.join(parts)))[group]
 
-        return call
+
+class _Some:
+    """A block as the plan of one group calls it; what is known of the whole call is known of its rows."""
+
+    __slots__ = ("context", "group", "together")
+
+    def __init__(self, together: _Together, group: int) -> None:
+        self.together, self.group = together, group
+        self.context = getattr(together.call, "context", {})
+
+    def __call__(self, value: Any) -> Any:
+        return self.together.rows(self.group, value)
+
+
+class _Products:
+    """Groups that are low-rank products and nothing else, all at once: two batched products over stacked tensors.
+
+    Stacks are made when a list of deltas comes for the second time, as it does while text is generated, and kept until
+    one of the tensors changes. They serve computations without gradients; groups of one size; any ranks.
+    """
+
+    __slots__ = ("_came", "_key", "_stack", "entries", "switch")
+
+    def __init__(self, entries: Sequence[tuple[_Site, LowRank] | None], switch: Any) -> None:
+        self.entries = tuple(entries)
+        self.switch = switch
+        self._came = False
+        self._key: object = None
+        self._stack: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, plans: Sequence[_Plan | None], switch: Any) -> _Products | None:
+        """``None`` where a group is something else, or there is one group only."""
+        found: list[tuple[_Site, LowRank] | None] = []
+        for plan in plans:
+            if plan is None:
+                found.append(None)
+                continue
+            if not plan.staged or len(plan.wrapped) != 1 or "input" in plan.wrapped[0].bound.ports:
+                return None
+            site = plan.wrapped[0]
+            product = low_rank(site.bound.ports["output"])
+            if product is None or site.dropout:
+                return None
+            found.append((site, product))
+        return cls(found, switch) if len(found) > 1 else None
+
+    def ready(self, y: Tensor) -> bool:
+        """Whether the stacks are those of the tensors as they are now."""
+        try:
+            key = self._now(y)
+        except RuntimeError:  # tensors made in inference mode do not say when they change
+            return False
+        if key == self._key:
+            return True
+        if not self._came:
+            self._came = True
+            return False
+        self._stack, self._key = self._stacked(y), key
+        return True
+
+    def _now(self, y: Tensor) -> object:
+        strength = self.switch.strength
+        key: list[object] = [y.dtype, y.device, strength and sorted(strength.items())]
+        for entry in self.entries:
+            if entry is not None:
+                for tensor in entry[0].tensors():
+                    key += (tensor.data_ptr(), tensor._version)
+        return key
+
+    def _stacked(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """``down`` as ``[groups, in, rank]``, ``factor · up`` as ``[groups, rank, out]``; absent ranks are zeros."""
+        pairs = [None if e is None else (e[0].tensors()[e[1].down], e[0].tensors()[e[1].up]) for e in self.entries]
+        some = next(pair for pair in pairs if pair is not None)
+        rank = max(pair[0].shape[0] for pair in pairs if pair is not None)
+        downs = y.new_zeros(len(pairs), some[0].shape[1], rank)
+        ups = y.new_zeros(len(pairs), rank, some[1].shape[0])
+        for i, (entry, pair) in enumerate(zip(self.entries, pairs, strict=True)):
+            if entry is not None and pair is not None:
+                own = pair[0].shape[0]
+                downs[i, :, :own] = pair[0].mT
+                factor = entry[1].factor * self.switch.strength.get(entry[0].delta, 1.0)
+                ups[i, :own] = pair[1].mT * factor
+        return downs, ups
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """``y`` plus the products; both with the rows of a group together."""
+        assert self._stack is not None
+        downs, ups = self._stack
+        groups = len(self.entries)
+        h = torch.bmm(x.reshape(groups, -1, x.shape[-1]).to(downs.dtype), downs)
+        return torch.baddbmm(y.reshape(groups, -1, y.shape[-1]), h, ups).reshape(y.shape)
 
 
 class MixedPlan:
     """What a host does for a list of deltas per row.
 
     Args:
-        path: of the host, for messages.
+        slot: the host's own.
         plans: for each row, the plan of its deltas here; ``None`` where none of them acts here.
-        strength: the user's scale of each delta.
     """
 
-    __slots__ = ("_layouts", "_stack", "_stack_key", "low", "members", "path", "plans", "rows", "staged", "strength")
+    __slots__ = ("_layouts", "_looked", "members", "path", "plans", "products", "rows", "slot", "staged")
 
-    def __init__(self, path: str, plans: Sequence[_Plan | None], strength: Mapping[str, float]) -> None:
-        self.path = path
-        self.strength = strength
+    def __init__(self, slot: Any, plans: Sequence[_Plan | None]) -> None:
+        self.slot = slot
+        self.path: str = slot.sites[0].path
         self.rows = len(plans)
         groups: dict[int, list[int]] = {}
         for row, plan in enumerate(plans):
@@ -215,27 +299,9 @@ class MixedPlan:
         self.members = list(groups.values())
         self.plans = [plans[rows[0]] for rows in self.members]
         self.staged = all(plan is None or plan.staged for plan in self.plans)
-        self.low = self._low_rank()
+        self.products: _Products | None = None
+        self._looked = False
         self._layouts: dict[int, Layout] = {}
-        self._stack: tuple[Tensor, Tensor] | None = None
-        self._stack_key: tuple[object, ...] | None = None
-
-    def _low_rank(self) -> list[tuple[_Site, LowRank] | None] | None:
-        """The site of each group where all are low-rank products alone, so that one batched product does them all."""
-        found: list[tuple[_Site, LowRank] | None] = []
-        for plan in self.plans:
-            if plan is None:
-                found.append(None)
-                continue
-            if not plan.staged or len(plan.wrapped) != 1 or "input" in plan.wrapped[0].bound.ports:
-                return None
-            site = plan.wrapped[0]
-            port = site.bound.ports["output"]
-            product = None if port.uses & {"W", "b", "base"} else low_rank(port)
-            if product is None:
-                return None
-            found.append((site, product))
-        return found
 
     def layout(self, size: int) -> Layout:
         """How a first axis of this length is divided among the groups.
@@ -275,26 +341,24 @@ class MixedPlan:
         whole = _Together(call, layout, x, parts) if together else None
         results = []
         for i, (plan, part) in enumerate(zip(self.plans, parts, strict=True)):
-            own = call if whole is None else whole.of(i)
+            own = call if whole is None else _Some(whole, i)
             results.append(own(part) if plan is None else plan.run(module, own, part))
         return layout.join(results)
 
     def _staged(self, module: nn.Module, call: Callable[[Any], Any], x: Tensor, layout: Layout) -> Tensor:
         """Inputs changed row by row, the module run once, outputs changed row by row."""
-        if self.low is not None:
-            y = self._same_rows(call(x), x)
-            if layout.equal and len(self.plans) > 1 and self._undropped():
-                return self._product(x, y, layout)
-            xs: Sequence[Any] = [[part] for part in layout.split(x)]
-        elif any("input" in s.bound.ports for p in self.plans if p is not None for s in p.wrapped):
+        if any("input" in s.bound.ports for p in self.plans if p is not None for s in p.wrapped):
             entered = [
-                ([], part) if plan is None else plan.enter(module, part)
+                ([], part) if plan is None else plan.enter(module, call, part)
                 for plan, part in zip(self.plans, layout.split(x), strict=True)
             ]
-            xs = [seen for seen, _ in entered]
+            xs: Sequence[Sequence[Any]] = [seen for seen, _ in entered]
             y = self._same_rows(call(layout.join([part for _, part in entered])), x)
         else:
             y = self._same_rows(call(x), x)
+            products = self._products_for(y) if layout.equal else None
+            if products is not None:
+                return layout.scattered(products.add(layout.gathered(x), layout.gathered(y)))
             xs = [
                 [part] * (0 if plan is None else len(plan.wrapped))
                 for plan, part in zip(self.plans, layout.split(x), strict=True)
@@ -307,70 +371,15 @@ class MixedPlan:
             ]
         )
 
+    def _products_for(self, y: Tensor) -> _Products | None:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if not self._looked:
+            self.products, self._looked = _Products.of(self.plans, self.slot.switch), True
+        return self.products if self.products is not None and self.products.ready(y) else None
+
     def _same_rows(self, y: Any, x: Tensor) -> Tensor:
         if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1]:
             found = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise _refuse("this module's output does not follow the rows of its input", where=self.path, found=found)
         return y
-
-    def _undropped(self) -> bool:
-        low = self.low or ()
-        return not any(entry is not None and entry[0].dropout and entry[0].training for entry in low)
-
-    def _product(self, x: Tensor, y: Tensor, layout: Layout) -> Tensor:
-        """All rows in two batched products: groups of one size, ranks filled up with zeros."""
-        down, up = self._stacked(y)
-        groups, out = len(self.plans), layout.gathered(y)
-        h = torch.bmm(layout.gathered(x).reshape(groups, -1, x.shape[-1]).to(down.dtype), down.mT)
-        value = torch.baddbmm(out.reshape(groups, -1, out.shape[-1]), h, up.mT)
-        return layout.scattered(value.reshape(out.shape))
-
-    def _stacked(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """``down`` and ``factor · up`` of every group; kept while they stay the same and no gradient is wanted."""
-        assert self.low is not None
-        chosen: list[tuple[Tensor, Tensor, float] | None] = []
-        for entry in self.low:
-            if entry is None:
-                chosen.append(None)
-                continue
-            site, product = entry
-            tensors = site.tensors()
-            factor = product.factor * self.strength.get(site.delta, 1.0)
-            chosen.append((tensors[product.down], tensors[product.up], factor))
-        key = None if torch.compiler.is_compiling() else _version(chosen, y)
-        if key is not None and key == self._stack_key:
-            assert self._stack is not None
-            return self._stack
-        stack = _stack(chosen, y)
-        self._stack_key, self._stack = key, None if key is None else stack
-        return stack
-
-
-def _version(chosen: Sequence[tuple[Tensor, Tensor, float] | None], y: Tensor) -> tuple[object, ...] | None:
-    """What tells whether tensors are what they were; ``None`` where that cannot be told, or gradients flow."""
-    parts: list[object] = [y.dtype, y.device]
-    graded = torch.is_grad_enabled()
-    for entry in chosen:
-        if entry is None:
-            continue
-        for tensor in entry[:2]:
-            if tensor.is_inference() or (graded and tensor.requires_grad):
-                return None
-            parts += (tensor.data_ptr(), tensor._version)
-        parts.append(entry[2])
-    return tuple(parts)
-
-
-def _stack(chosen: Sequence[tuple[Tensor, Tensor, float] | None], y: Tensor) -> tuple[Tensor, Tensor]:
-    rank = max(entry[0].shape[0] for entry in chosen if entry is not None)
-    down, up, _ = next(entry for entry in chosen if entry is not None)
-    downs, ups = [], []
-    for entry in chosen:
-        if entry is None:
-            downs.append(y.new_zeros(rank, down.shape[1]))
-            ups.append(y.new_zeros(up.shape[0], rank))
-            continue
-        missing = rank - entry[0].shape[0]
-        downs.append(F.pad(entry[0].to(y), (0, 0, 0, missing)))
-        ups.append(F.pad((entry[1] * entry[2] if entry[2] != 1.0 else entry[1]).to(y), (0, missing)))
-    return torch.stack(downs), torch.stack(ups)

@@ -253,7 +253,7 @@ class Plan:
         y = self.level(depth - 1, module, call, inner)
         return self.output(site, module, call, x, y) if "output" in ports else y
 
-    def enter(self, module: nn.Module, x: Any) -> tuple[list[Any], Any]:
+    def enter(self, module: nn.Module, call: Callable[[Any], Any], x: Any) -> tuple[list[Any], Any]:
         """What each wrapped site sees, and what the module of a staged plan gets."""
         seen: list[Any] = [x] * len(self.wrapped)
         for depth in reversed(range(len(self.wrapped))):
@@ -261,7 +261,8 @@ class Plan:
             seen[depth] = x
             if "input" in site.bound.ports:
                 s = self.slot.switch.strength.get(site.delta, 1.0)
-                x = blend(x, site.bound.ports["input"].fn(module, x, *_cast(site.tensors(), x)), s)
+                host = self.host(site, module, call)
+                x = blend(x, site.bound.ports["input"].fn(host, x, *_cast(site.tensors(), x)), s)
         return seen, x
 
     def leave(self, module: nn.Module, call: Callable[[Any], Any], xs: Sequence[Any], y: Any) -> Any:
@@ -378,7 +379,7 @@ class Slot:
             if plan is not None:  # deltas that have no site here make no difference
                 plan = unlike.setdefault(tuple(id(s) for s in (*plan.weighted, *plan.wrapped)), plan)
             chosen.append(plan)
-        mixed = MixedPlan(self.sites[0].path, chosen, self.switch.strength) if unlike else None
+        mixed = MixedPlan(self, chosen) if unlike else None
         self.plans[key] = mixed
         return mixed
 
