@@ -126,6 +126,9 @@ class Admin:
         return str(body.get("type") or "model"), repo_id
 
 
+_MOST_BRACKETS, _LONGEST_FRONT = 500, 1 << 17
+
+
 def card_metadata(content: str) -> dict[str, Any]:
     """The YAML at the head of a README.
 
@@ -135,6 +138,8 @@ def card_metadata(content: str) -> dict[str, Any]:
     match = re.match(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", content, re.DOTALL)
     try:
         front = match[1] if match else ""
+        if front.count("[") + front.count("{") > _MOST_BRACKETS or len(front) > _LONGEST_FRONT:
+            raise ValueError("metadata must not be so long or so deep")
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(front)):
             raise ValueError("metadata must not use aliases")
         metadata = yaml.safe_load(front) or {}
