@@ -173,6 +173,8 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_six_lines_are_six() -> None:
     assert len(stage.SIX_LINES.splitlines()) == 6
     compile(stage.SIX_LINES, "six lines", "exec")
+    corpus = collect()
+    assert not any(sentence.text in stage.SIX_LINES for sentence in (*corpus.train, *corpus.test))
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.syntax import Syntax
 
 from deltahub.demo.corpus import collect
 from deltahub.demo.steps import CheckFailed, Steps, folder_bytes
@@ -24,15 +23,16 @@ __all__ = ["BACKBONE", "DELTA", "LINEAR_DELTA", "SIX_LINES", "run"]
 BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 DELTA = "user/delta"
 LINEAR_DELTA = "user/delta-mergeable"
+_QUESTION = "Compute the square root of a complex number."
+_ANSWER = "numeric and functional"
 SIX_LINES = f"""\
 import deltahub
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{BACKBONE}")
 model = deltahub.load("{DELTA}")
-logits = model(**tokenizer("Return the cosine of x (measured in radians).", return_tensors="pt")).logits
+logits = model(**tokenizer("{_QUESTION}", return_tensors="pt")).logits
 print(model.config.id2label[logits.argmax().item()])
 """
-_QUESTION_CHAPTER = "numeric and functional"
 
 
 def run(*, epochs: int = 3, console: Console | None = None) -> int:
@@ -61,7 +61,7 @@ def run(*, epochs: int = 3, console: Console | None = None) -> int:
     console.print(
         f"\nEvery check passed, {time.perf_counter() - began:.0f} s in all. The last step ran these six lines:\n"
     )
-    console.print(Syntax(SIX_LINES, "python", background_color="default"))
+    console.print(SIX_LINES, soft_wrap=True, markup=False, highlight=False, style="cyan")
     return 0
 
 
@@ -100,8 +100,8 @@ def _play(steps: Steps, folder: Path, hub: LoopbackHub, weights: Path, epochs: i
     with steps.step("The six lines of a user, in a process of their own") as step:
         out = _python(folder, hub, "user", "-c", SIX_LINES, capture=True)
         answer = out.strip().splitlines()[-1] if out.strip() else ""
-        step.note(f"“Return the cosine of x …” → {answer}")
-        step.check(f"the answer is {_QUESTION_CHAPTER!r}", answer == _QUESTION_CHAPTER)
+        step.note(f"“{_QUESTION}” (a sentence that is not in the corpus) → {answer}")
+        step.check(f"the answer is {_ANSWER!r}", answer == _ANSWER)
 
 
 def _corpus(steps: Steps, path: Path) -> None:
