@@ -12,7 +12,7 @@ unless the original configuration came along and still says the same: servers an
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from deltahub.converters.base import Base
 from deltahub.converters.entries import Entry, Keys, need_kind, read_json, read_tensors, write_entries
 from deltahub.converters.parameters import base_values, whole
 from deltahub.converters.peft_config import EXTENSION, Scales, Wanted, check_config, kept
+from deltahub.converters.peft_methods import METHODS, tokens
 from deltahub.errors import ConverterError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ _LORA = {
     ".lora_B.bias": "b_bias",
     ".base_layer.weight": "base_weight",
     ".base_layer.bias": "base_bias",
+    ".token_adapter.trainable_tokens_delta": "rows",
 }
 _CLASSES = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -127,7 +129,8 @@ def _config(folder: Path) -> dict[str, Any]:
             expected=", ".join(sorted(_READERS)),
             found=method,
         )
-    check_config(config, folder / CONFIG)
+    if method == "LORA":
+        check_config(config, folder / CONFIG)
     return config
 
 
@@ -231,6 +234,8 @@ def _lora(config: Mapping[str, Any], keys: Keys, base: Base) -> list[Entry]:
     entries: list[Entry] = []
     adapted: list[str] = []
     for path, part in sites.items():
+        if "rows" in part:
+            entries.append(tokens(path, part.pop("rows"), _places(config, path)))
         if not part.keys() & {"a", "b", "embedding_a", "embedding_b", "b_bias", "magnitude"}:
             entries += base_values(path, part, base)
             continue
@@ -242,6 +247,14 @@ def _lora(config: Mapping[str, Any], keys: Keys, base: Base) -> list[Entry]:
     scales.finish(adapted)
     Wanted(config, base).check(adapted, keys.where)
     return sorted(entries, key=lambda entry: entry.kind == "lora")  # what is set comes before what is added
+
+
+def _places(config: Mapping[str, Any], path: str) -> object:
+    """The rows that single tokens have, for the embedding at a path; a plain list is for the one there is."""
+    table = config.get("trainable_token_indices")
+    if isinstance(table, dict):
+        return next((rows for name, rows in table.items() if path == name or path.endswith(f".{name}")), None)
+    return table
 
 
 def _lora_entry(path: str, part: dict[str, Tensor], scales: Scales, base: Base, where: object) -> Entry:
@@ -277,7 +290,10 @@ def _lora_entry(path: str, part: dict[str, Tensor], scales: Scales, base: Base, 
     return Entry(path=path, kind="lora", config=values, tensors=tensors)
 
 
-_READERS = {"LORA": _lora}
+_READERS: Mapping[str, Callable[[Mapping[str, Any], Keys, Base], list[Entry]]] = {
+    "LORA": _lora,
+    **{name: method.read for name, method in METHODS.items()},
+}
 
 
 def export_(

@@ -34,7 +34,7 @@ _ACTIVE = {
     "layer_replication": "layers of the backbone are repeated",
     "monteclora_config": "the update is sampled",
     "target_parameters": "parameters without a module are targeted, and the file does not say which",
-    "trainable_token_indices": "single rows of an embedding are replaced",
+    "trainable_token_indices": "",
     "use_bdlora": "the factors are block-diagonal",
     "use_dora": "",
     "use_qalora": "inputs are pooled first",
