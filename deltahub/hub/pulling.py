@@ -223,7 +223,11 @@ def check_file(path: Path, root: Path, size: int, sha256: str, *, evict: bool = 
         raise HubError("E_HUB_PATH", "a file of the package lies outside it", where=path, found=real)
     if size > MAX_BYTES:
         raise HubError(
-            "E_HUB_TOO_LARGE", "the file is larger than it may be", where=path, expected=f"{MAX_BYTES} bytes", found=size
+            "E_HUB_TOO_LARGE",
+            "the file is larger than it may be",
+            where=path,
+            expected=f"at most {MAX_BYTES} bytes",
+            found=size,
         )
     other = stat.S_ISREG(status.st_mode) and status.st_size != size
     found = (status.st_size, "not computed") if other else sha256_file(real)

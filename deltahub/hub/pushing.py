@@ -179,12 +179,12 @@ def _text(path: Path) -> str:
     """
     with open_regular(path) as file:
         data = file.read(_CARD_BYTES + 1)
+    if len(data) > _CARD_BYTES:
+        raise HubError("E_HUB_CARD", "the model card is too long", where=path, expected=f"{_CARD_BYTES} bytes")
     try:
-        if len(data) > _CARD_BYTES:
-            raise ValueError(f"more than {_CARD_BYTES} bytes")
         return data.decode("utf-8")
-    except ValueError as error:
-        raise HubError("E_HUB_CARD", "the model card cannot be read", where=path, found=error) from None
+    except UnicodeDecodeError as error:
+        raise HubError("E_HUB_CARD", "the model card is not UTF-8", where=path, found=error) from None
 
 
 def write_card(folder: str | os.PathLike[str], repo_id: str, *, details: CardDetails | None = None) -> Path:
