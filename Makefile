@@ -2,6 +2,7 @@
 #   make demo    a delta's whole life on a real model, offline after installation
 #   make test    everything that CI checks: format, lint, types, tests
 #   make quick   the tests that take seconds
+#   make hostile inputs made to harm: cases, passed, time
 #   make bench   measurements; they fail only when they cannot run
 # Another place for the environment: make test VENV=/path/to/venv
 
@@ -23,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv demo test lint types quick bench clean
+.PHONY: help venv demo test lint types quick hostile bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -54,6 +55,9 @@ test: lint types
 
 quick: venv
 	$(PY) -m pytest -n $(WORKERS) -q -m 'not slow'
+
+hostile: venv
+	$(PY) -m tests.hostile
 
 bench: venv
 	$(PY) -m benchmarks
