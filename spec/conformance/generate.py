@@ -21,6 +21,7 @@ import composition
 import documents
 import expressions
 import hosts
+import methods
 import numpy as np
 import packages
 import refusals
@@ -321,6 +322,7 @@ def numeric_vectors() -> dict[Path, str]:
         ),
         **write("packages/packages.json", "package", "packages, sound and hostile", packages.packages()),
         **write("kinds/builtin.json", "apply", "the built-in kinds on every family of hosts", hosts.kinds()),
+        **write("kinds/methods.json", "apply", "the methods of the literature, each on a host or two", methods.methods()),
         **write(
             "composition/forward.json", "forward", "deltas on one host, live and merged", composition.compositions()
         ),
