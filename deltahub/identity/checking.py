@@ -231,12 +231,20 @@ class _Comparison:
         return None
 
     def run(self, level: Level) -> IdentityReport:
+        """Compare; what is not the declared backbone may still be one that the publisher vouches for."""
+        try:
+            return self._run(level)
+        except IdentityError:
+            vouched = self.declared.compatible
+            relation = vouched.get(self._root("exact")) if vouched else None
+            if relation is None:
+                raise
+            return self._report((Level.L4,), "compatible", self.specs, f"accepted as compatible: {relation}")
+
+    def _run(self, level: Level) -> IdentityReport:
         declared = self.declared
         needed = declared.leaves.keys() if self.wanted is None else self.wanted
         full = level == Level.L4 or (level == Level.L3 and (not needed or not needed <= declared.leaves.keys()))
-        if self.casts is None and self.strict and declared.compatible and self._root("exact") in declared.compatible:
-            relation = declared.compatible[self._root("exact")]
-            return self._report((Level.L4,), "compatible", self.specs, f"accepted as compatible: {relation}")
         levels: tuple[Level, ...] = (Level.L2,) if self.casts else ()
         if self.casts is None and (self.strict or level == Level.L2 or full) and not self._may_be_mixed(level):
             raise self._differs("its structure is another")

@@ -42,6 +42,7 @@ from deltahub.manifest.fields import (
     NonEmpty,
     Optional,
     Printable,
+    Subfolder,
     Target,
     TensorFilePath,
     Tuple,
@@ -76,6 +77,7 @@ class Source(Model):
 
     hub: Optional[HubId] = None
     commit: Optional[Commit] = None
+    subfolder: Optional[Subfolder] = None
     class_: Optional[ClassName] = Field(default=None, alias="class")
 
     @model_validator(mode="before")

@@ -14,6 +14,7 @@ __all__ = [
     "NonEmpty",
     "Optional",
     "Printable",
+    "Subfolder",
     "Target",
     "TensorFilePath",
     "Text",
@@ -152,6 +153,16 @@ HubId = TypeAliasType(
         Text(
             pattern=rf"(?![\s\S]*(?:--|\.\.))(?:{_PART}/)?{_PART}",
             expected="namespace/name or name: never a path, never a URL",
+        ),
+    ],
+)
+Subfolder = TypeAliasType(
+    "Subfolder",
+    Annotated[
+        str,
+        Text(
+            pattern=rf"(?![\s\S]*\.\.)(?![\s\S]*(?:^|/)(?:{_DEVICE})){_PART}(?:/{_PART})*",
+            expected="names joined by /, inside the repository",
         ),
     ],
 )

@@ -309,6 +309,16 @@ def backbone_vectors() -> dict[Path, str]:
         {"equal": "compatible"},
         declared=listed_root,
     )
+    same = {**root, "compatible": [{"root": identity(flipped)["exact"], "relation": "repaired"}]}
+    for level in ("L3", "L4"):
+        case(
+            f"a backbone of the same structure that the producer lists as compatible, {level}",
+            "DH-8.4-4",
+            flipped,
+            level,
+            {"equal": "compatible"},
+            declared={**declared, **same},
+        )
     case("a backbone that is neither it nor listed", "DH-8.4-4", flipped, "L4", [], declared=listed_root)
     return write("identity/backbone.json", "backbone", "a declared identity against the tensors of a backbone", cases)
 

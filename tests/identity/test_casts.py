@@ -85,6 +85,20 @@ def test_a_quantised_copy(tmp_path: Path) -> None:
     assert "quantised" in str(report)
 
 
+@pytest.mark.parametrize("level", [I.Level.L3, I.Level.L4])
+def test_a_listed_backbone_of_the_same_structure(tmp_path: Path, level: I.Level) -> None:
+    base = values()
+    declared = section(saved(tmp_path / "a", base))
+    other = saved(tmp_path / "b", {n: t + 1 if n.endswith("weight") else t for n, t in base.items()})
+    with pytest.raises(I.IdentityError):
+        I.check(declared, files=other, level=level)
+    declared["compatible"] = [{"root": I.fingerprint(other).exact, "relation": "safety-tuned"}]
+    assert I.check(declared, files=other, level=level).root == "compatible"
+    assert I.check(declared, files=tmp_path / "a", level=level).root == "exact"
+    with pytest.raises(I.IdentityError):
+        I.check(declared, files=saved(tmp_path / "c", {n: t + 2 for n, t in base.items()}), level=level)
+
+
 def test_a_tied_alias_that_differs(tmp_path: Path) -> None:
     base = values()
     ties = {"head.weight": "layer.0.weight"}
