@@ -9,7 +9,7 @@ import sys
 import tempfile
 import warnings
 
-NAMES = ("attach", "load", "forward", "mixed")
+NAMES = ("attach", "load", "forward", "mixed", "merge")
 
 
 def main(arguments: list[str] | None = None) -> int:

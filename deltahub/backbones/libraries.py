@@ -154,7 +154,8 @@ def find_class(library: Library, name: str) -> Any:
         BackboneError: ``E_BACKBONE_CLASS``; ``E_BACKBONE_LIBRARY_MISSING``.
     """
     module = imported(library)
-    found = getattr(module, name, None) if name in dir(module) else None
+    # dir() of a library that imports lazily takes half a second; its list of names is the same and there already.
+    found = getattr(module, name, None) if name in (getattr(module, "__all__", None) or dir(module)) else None
     bases = tuple(base for base in (getattr(module, b, None) for b in library.bases) if inspect.isclass(base))
     if not (inspect.isclass(found) and issubclass(found, bases) and hasattr(found, "from_pretrained")):
         # SentenceTransformer has no from_pretrained: its constructor takes the folder.
