@@ -94,7 +94,7 @@ _DRAWS: Mapping[str, Draw] = {
     "indices": _indices,
     "paired": _paired,
 }
-_FRESH = frozenset({"zeros", "ones", "normal", "uniform", "kaiming_uniform", "xavier_uniform", "xavier_normal"})
+_FRESH = frozenset({"ones", "normal", "uniform", "kaiming_uniform", "xavier_uniform", "xavier_normal"})
 """Draws that are contiguous, of the asked shape, and in nobody else's memory."""
 
 
@@ -170,6 +170,8 @@ def initial(
     """
     fixed = dtype if spec.dtype == "float" else getattr(torch, spec.dtype)
     try:
+        if spec.init == "zeros":  # half of all fresh tensors: made where and as they are wanted, not cast
+            return torch.zeros(spec.shape, dtype=fixed, device=generator.device if device is None else device)
         if spec.init in _FRESH and fixed is torch.get_default_dtype() and device in {None, generator.device}:
             return _DRAWS[spec.init](spec.shape, generator, *spec.arguments)
         with torch.no_grad():
