@@ -106,7 +106,8 @@ def test_inspect(make_package: Maker) -> None:
     ]
     lines = run("inspect", folder).stdout.splitlines()
     assert "backbone    org/base@000000000000 transformers.BertModel" in lines
-    assert lines[-1].split() == ["attention", "lora@1", "2", "128", "layer.{0..1}.query"]
+    assert "attention  lora@1  2      128         layer.{0..1}.query" in lines
+    assert lines[-1] == "        └── query  ← attention lora@1 rank=4 scale=2.0 down [4, 8], up [8, 4] 64"
     assert deltahub.inspect(folder).parameters == 128
 
 

@@ -43,6 +43,7 @@ LAYERS = (
     "attaching",
     "effects",
     "loading",
+    "inspecting",
     "converters",
     "recipes",
     "demo",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BackboneFiles", "architecture", "files_section", "read_json", "resolve", "staged"]
+__all__ = ["BackboneFiles", "architecture", "fetch_some", "files_section", "read_json", "resolve", "staged"]
 
 import json
 import re
@@ -163,12 +163,20 @@ def _snapshot(
     hub: str, revision: str, library: Library | None, subfolder: str, *, allow_pickle: bool, **client: Any
 ) -> Path:
     """Fetch only what the library will be shown; give the snapshot's folder."""
+    return fetch_some(hub, revision, _patterns(library, subfolder, allow_pickle=allow_pickle), **client)
+
+
+def fetch_some(hub: str, revision: str, patterns: list[str], **client: Any) -> Path:
+    """Fetch the files of a repository that have these names; give the snapshot's folder.
+
+    Raises:
+        BackboneError: ``E_BACKBONE_GATED``, ``E_BACKBONE_NOT_FOUND``, ``E_BACKBONE_OFFLINE``, ``E_BACKBONE_FETCH``.
+    """
     from huggingface_hub import errors, snapshot_download
 
     from deltahub import __version__
 
     where = f"{hub}@{revision}"
-    patterns = _patterns(library, subfolder, allow_pickle=allow_pickle)
     client |= {"library_name": "deltahub", "library_version": __version__}
     try:
         return Path(snapshot_download(hub, revision=revision, allow_patterns=patterns, **client))

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__: list[str] = []
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,14 +16,18 @@ from deltahub.cli.base import (
     Cache,
     Endpoint,
     Json,
+    LockFile,
     Offline,
-    Package,
+    PolicyFile,
+    RequireSignature,
     Revision,
+    SignedBy,
     Token,
     app,
-    as_bytes,
     as_plain,
     as_table,
+    as_text,
+    demands,
     show,
 )
 
@@ -56,44 +61,53 @@ def _document(source: Mapping[str, Any]) -> Iterable[str]:
 
 @app.command()
 def inspect(
-    source: Package,
+    source: Annotated[
+        str, typer.Argument(help="A package or a backbone: a folder, or a repository, user/name or user/name@revision.")
+    ],
+    backbone: Annotated[
+        str | None, typer.Option(help="Show a package inside this backbone: a folder or a repository.")
+    ] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Show a package inside the backbone that it names.")] = False,
+    svg: Annotated[Path | None, typer.Option(help="Write the tree as a picture, too.", metavar="FILE")] = None,
     revision: Revision = None,
     endpoint: Endpoint = None,
     token: Token = None,
     cache_dir: Cache = None,
     offline: Offline = False,
+    lock: LockFile = None,
+    policy: PolicyFile = None,
+    signed_by: SignedBy = None,
+    require_signature: RequireSignature = False,
     as_json: Json = False,
 ) -> None:
-    """Say what a package holds, without its backbone."""
+    """Show what a package or a backbone is made of.
+
+    A tree with equal parts folded: modules, parameters, dtypes, and where each delta sits and what it does there.
+    No weights are fetched: a backbone's architecture is built without values.
+    """
     from deltahub.inspecting import inspect as run
+    from deltahub.inspecting import to_svg, to_text
 
     found = run(
         source,
+        backbone=backbone if backbone is not None else whole,
         revision=revision,
         endpoint=endpoint,
         token=token,
         cache_dir=cache_dir,
         local_files_only=offline,
+        **demands(lock=lock, policy=policy, signed_by=signed_by, require_signature=require_signature),
     )
-    show(found, as_json, _inspection)
+    if svg is not None:
+        svg.write_text(to_svg(found), encoding="utf-8")
+    if as_json:
+        typer.echo(as_text(found))
+    elif sys.stdout.isatty():
+        from rich.console import Console
 
-
-def _inspection(found: Any) -> Iterable[str]:
-    origin = found.backbone.get("source") or {}
-    at = f"@{origin['commit'][:12]}" if origin.get("commit") else ""
-    yield f"package     {found.source}" + (f"@{found.commit[:12]}" if found.commit else "")
-    yield f"format      {found.spec_version}" + (f", requires {', '.join(found.requires)}" if found.requires else "")
-    yield f"backbone    {origin.get('hub', '(not said where)')}{at} {origin.get('class', '')}".rstrip()
-    yield f"parameters  {found.parameters:,} in {len(found.files)} file(s), {as_bytes(sum(found.files.values()))}"
-    if found.kinds:
-        yield f"own kinds   {', '.join(found.kinds)} (data in the package; no code)"
-    for setting in found.settings:
-        yield f"setting     {setting['on']}.{setting['path']}: {setting['was']!r} becomes {setting['value']!r}"
-    yield f"probe       {'yes' if found.probe else 'no'}"
-    yield ""
-    head = ("module", "kind", "sites", "parameters", "targets")
-    rows = [(m.name, f"{m.kind}@{m.version}", m.sites, f"{m.parameters:,}", " ".join(m.targets)) for m in found.modules]
-    yield from as_table([head, *rows])
+        Console().print(found)
+    else:
+        typer.echo(to_text(found))
 
 
 @app.command()

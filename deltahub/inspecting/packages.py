@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Inspection", "ModuleSummary", "inspect"]
+__all__ = ["Inspection", "ModuleSummary", "inspect_package", "sites_of"]
 
 import math
 from collections import Counter
@@ -10,8 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltahub.inspecting.structure import Node, SiteSummary, nested
+
 if TYPE_CHECKING:
-    import os
+    from collections.abc import Mapping
+
+    from deltahub.hub import PulledPackage
+    from deltahub.manifest import Manifest
+    from deltahub.tensors import TensorInfo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +47,7 @@ class ModuleSummary:
     size: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Inspection:
     """A package at a glance.
 
@@ -58,6 +64,8 @@ class Inspection:
         files: path → bytes.
         parameters: over all modules.
         probe: whether known inputs and outputs travel along.
+        share: of the backbone's bytes; ``None`` where the manifest does not list its files.
+        root: where its modules sit: a tree of names, or of the backbone where that was asked for.
     """
 
     source: str
@@ -72,51 +80,41 @@ class Inspection:
     files: dict[str, int]
     parameters: int
     probe: bool
+    share: float | None
+    root: Node
+
+    def __str__(self) -> str:
+        from deltahub.inspecting.drawing import as_text
+
+        return as_text(self)
+
+    __repr__ = __str__
+
+    def __rich__(self) -> Any:
+        from deltahub.inspecting.drawing import drawn
+
+        return drawn(self)
 
 
-def inspect(
-    source: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    token: str | bool | None = None,
-    endpoint: str | None = None,
-    local_files_only: bool = False,
-) -> Inspection:
-    """Fetch a package and say what it holds, without a backbone and without reading a tensor.
+def inspect_package(pulled: PulledPackage, *, source: str, root: Node | None = None) -> Inspection:
+    """Say what a package holds, without reading a tensor.
 
     Args:
-        source: a folder, or a repository, as for :func:`deltahub.pull`.
-        revision: branch, tag or commit of a repository.
-        cache_dir: where downloads are kept.
-        token: for the Hub.
-        endpoint: another Hub than the default one.
-        local_files_only: ask no Hub.
+        pulled: the package.
+        source: what was asked for.
+        root: the backbone's tree with the package's sites in it, where that is known.
 
     Raises:
-        DeltaHubError: as :func:`deltahub.pull`; ``E_TENSORS_*`` for a malformed tensor file.
+        DeltaHubError: ``E_TENSORS_*`` for a malformed tensor file.
     """
-    from deltahub.hub import pull
-    from deltahub.tensors import DTYPES, TensorFile
-
-    pulled = pull(
-        source,
-        revision=revision,
-        cache_dir=cache_dir,
-        token=token,
-        endpoint=endpoint,
-        local_files_only=local_files_only,
-    )
     manifest = pulled.manifest
+    tensors = headers_of(pulled)
     numbers: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    for entry in manifest.files:
-        if entry.path.endswith(".safetensors") and not (manifest.probe and entry.path == manifest.probe.file):
-            with TensorFile.open(pulled.path / entry.path) as file:
-                for name, info in file.items():
-                    module = name.split("/", 1)[0]
-                    numbers[module] += math.prod(info.shape)
-                    sizes[module] += math.prod(info.shape) * DTYPES[info.dtype] // 8
+    for name, info in tensors.items():
+        module = name.partition("/")[0]
+        numbers[module] += math.prod(info.shape)
+        sizes[module] += info.end - info.begin
     brought = {(document.get("kind"), document.get("version")) for document in manifest.kinds or ()}
     modules = tuple(
         ModuleSummary(
@@ -132,8 +130,9 @@ def inspect(
         )
         for module in manifest.modules
     )
+    backbone = sum(entry.size for entry in manifest.backbone.files or ())
     return Inspection(
-        source=str(source),
+        source=source,
         path=pulled.path,
         commit=pulled.commit,
         spec_version=manifest.spec_version,
@@ -147,4 +146,45 @@ def inspect(
         files={entry.path: entry.size for entry in manifest.files},
         parameters=sum(numbers[module.name] for module in modules),
         probe=manifest.probe is not None,
+        share=sum(sizes.values()) / backbone if backbone else None,
+        root=root or nested(sites_of(manifest, tensors)),
     )
+
+
+def headers_of(pulled: PulledPackage) -> dict[str, TensorInfo]:
+    """Name to header entry, of every tensor of a package."""
+    from deltahub.tensors import TensorFile
+
+    manifest = pulled.manifest
+    found: dict[str, TensorInfo] = {}
+    for entry in manifest.files:
+        if entry.path.endswith(".safetensors") and not (manifest.probe and entry.path == manifest.probe.file):
+            with TensorFile.open(pulled.path / entry.path) as file:
+                found.update(file)
+    return found
+
+
+def sites_of(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> dict[str, list[SiteSummary]]:
+    """Path to what the package puts there."""
+    at: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, info in tensors.items():
+        place, _, tensor = name.rpartition("/")
+        at.setdefault(place, {})[tensor] = info.shape
+    found: dict[str, list[SiteSummary]] = {}
+    for module in manifest.modules:
+        for path in module.paths:
+            shapes = at.get(f"{module.name}/{path}", {})
+            count = sum(math.prod(shape) for shape in shapes.values())
+            found.setdefault(path, []).append(
+                SiteSummary(
+                    delta="",
+                    module=module.name,
+                    kind=f"{module.kind}@{module.version}",
+                    config=dict(module.config),
+                    ports=(),
+                    tensors=shapes,
+                    parameters=count,
+                    trainable=count,
+                )
+            )
+    return found
