@@ -39,7 +39,7 @@ from deltahub.targets import select
 if TYPE_CHECKING:
     from deltahub.kinds.host_shape import HostShape
 
-__all__ = ["attach", "attach_parts"]
+__all__ = ["attach", "attach_parts", "choose"]
 
 Choice = Callable[[str, nn.Module], bool]
 """An author's own choice of modules, by path and module."""
@@ -87,7 +87,7 @@ def attach(
     """
     found = _kind(kind)
     name = found.name.rpartition(".")[2] if name is None else name
-    paths = _choose(model, targets, exclude)
+    paths = choose(model, targets, exclude)
     part = Part(name=name, kind=found, config=found.check_config(config), paths=paths, dropout=dropout)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return attach_parts(model, name, [part], frozen=frozen, dtype=dtype, generator=generator)
@@ -102,7 +102,7 @@ def _kind(kind: str | Mapping[str, object] | os.PathLike[str]) -> Kind:
     return Kind(Document.from_toml(Path(kind).read_text(encoding="utf-8"), where=str(kind)))
 
 
-def _choose(model: nn.Module, targets: str | Sequence[str] | Choice, exclude: str | Sequence[str]) -> list[str]:
+def choose(model: nn.Module, targets: str | Sequence[str] | Choice, exclude: str | Sequence[str]) -> list[str]:
     """The paths of the modules that an author means, in the model's order."""
     modules = {n: m for n, m in model.named_modules() if n and SITE_PREFIX not in n}
     bases: dict[str, Any] = {p: slot.base if (slot := slot_of(m)) else type(m) for p, m in modules.items()}

@@ -224,10 +224,14 @@ def _module(host: Request, weight: Tensor | None, bias: Tensor | None) -> nn.Mod
 class _Host:
     """A module as the equations of one port see it."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, context: Request) -> None:
         from deltahub.hosts import view_of
 
-        self.module, self.view = module, view_of(module)
+        self.module, self.view, self.context = module, view_of(module), context
+
+    def deltahub_context(self, name: str) -> Any:
+        value = self.context[name]
+        return tuple(value) if isinstance(value, list) else value
 
     def deltahub_base(self, x: Tensor) -> Tensor:
         y: Tensor = self.module(x)
@@ -256,7 +260,8 @@ def _apply(request: Request) -> Result:
     if request["port"] == "bias" and values["b"] is None:
         values["b"] = torch.zeros(request["host"]["out"])
     names = {"input": "x", "output": "xy", "replace": "x", "weight": "Wb", "bias": "Wb"}[request["port"]]
-    host = _Host(_module(request["host"], values["W"], values["b"] if request["host"].get("bias") else None))
+    module = _module(request["host"], values["W"], values["b"] if request["host"].get("bias") else None)
+    host = _Host(module, request.get("context", {}))
     with torch.no_grad():
         value = port.fn(host, *(values[name] for name in names), *(given[name] for name in specs))
     return {"value": _written(value)}

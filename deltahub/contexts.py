@@ -16,7 +16,7 @@ import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -111,12 +111,12 @@ def _names(cls: Any) -> tuple[str, ...]:
 
 
 def _is(module: Any, names: Collection[str]) -> bool:
-    return not set(names).isdisjoint(_names(type(module)))
+    return not set(names).isdisjoint(_names(cast(Any, type(module))))
 
 
 def _known(table: Mapping[str, Any], module: nn.Module | type) -> Any:
     cls = module if isinstance(module, type) else type(module)
-    return next((table[name] for name in _names(cls) if name in table), None)
+    return next((table[name] for name in _names(cast(Any, cls)) if name in table), None)
 
 
 def block_of(cls: type[nn.Module]) -> Block | None:

@@ -175,6 +175,7 @@ def test_the_interpreter_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         if body["port"] == "bias" and inputs["b"] is None:
             inputs["b"] = np.zeros(facts["out"], "f4")
         host = Host(
+            context={n: tuple(v) for n, v in body.get("context", {}).items()},
             shape=shape,
             apply=lambda x, w, facts=facts: hosts.applied(facts, x, w),
             base=lambda x, facts=facts, given=inputs: hosts.forward(facts, x, given["W"], given["b"]),

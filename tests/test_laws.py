@@ -108,11 +108,14 @@ def test_torch_equals_the_numpy_interpreter(case: Case) -> None:
         apply=lambda a, w: (
             view.partial(module, base, torch.from_numpy(a), torch.from_numpy(np.ascontiguousarray(w))).detach().numpy()
         ),
+        context={"grid": case.host.grid},
     )
     with deltahub.using(model):
-        out = module(x)
+        out = module(case.host.inner(x))
     y = out[0] if isinstance(out, tuple) else out
     ports = site.bound.ports
+    if "replace" in ports and not ports["replace"].uses & {"base", "W", "b"}:
+        close(model(x), torch.from_numpy(run("replace", x=case.host.inner(x))))
     if "output" in ports and site.bound.live:
         own = {} if view is BLOCK else {"W": view.weight(module), "b": view.bias(module)}
         close(model(x), torch.from_numpy(run("output", x=x, y=y, **own)))

@@ -42,6 +42,7 @@ LAYERS = (
     "delta",
     "attaching",
     "effects",
+    "presets",
     "loading",
     "inspecting",
     "converters",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltahub import kinds
+from deltahub import contexts, kinds
 from deltahub.errors import DeltaHubError
 from deltahub.hosts import view_of
 from deltahub.kinds.fields import MISSING
@@ -49,6 +49,38 @@ class Block(nn.Module):
         return hidden_states + self.down(inner), inner
 
 
+class Attention(nn.Module):
+    """Self-attention over the tokens of a map."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        q, k, v = self.qkv(hidden_states).chunk(3, -1)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+class TokenMap(nn.Module):
+    """A model that sees a map, and shows its tokens to a host."""
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        self.host = host
+
+    def forward(self, x: Tensor, extra: dict[str, Any] | None = None) -> Tensor:
+        return self.host(tokens(x), **(extra or {}))
+
+
+def tokens(x: Tensor) -> Tensor:
+    """A map as a sequence."""
+    return x.flatten(2).mT
+
+
+contexts.register(contexts.Provider(name="tests.TokenMap", argument="x", carrier="extra", blocks=("tests.Attention",)))
+
+
 def _conv1d() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
@@ -62,6 +94,12 @@ class Host:
     name: str
     make: Callable[[], nn.Module]
     input: Callable[[], Tensor]
+    wrap: Callable[[nn.Module], nn.Module] | None = None
+    grid: tuple[int, int] | None = None
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What the host itself sees of the model's input."""
+        return x if self.grid is None else tokens(x)
 
 
 def _ids() -> Tensor:
@@ -92,6 +130,13 @@ HOSTS = [
     Host(name="rms-norm", make=lambda: RMSNorm(6), input=lambda: torch.randn(2, 3, 6)),
     Host(name="group-norm", make=lambda: nn.GroupNorm(2, 6), input=lambda: torch.randn(2, 6, 4, 4)),
     Host(name="block", make=lambda: Block(6), input=lambda: torch.randn(2, 3, 6)),
+    Host(
+        name="attention",
+        make=lambda: Attention(8),
+        input=lambda: torch.randn(2, 8, 5, 4),
+        wrap=TokenMap,
+        grid=(5, 4),
+    ),
 ]
 
 
@@ -110,7 +155,7 @@ class Wrapper(nn.Module):
 def model_of(host: Host, seed: int = 0) -> tuple[nn.Module, Tensor]:
     """A frozen-in-time model and an input: the same for the same seed."""
     torch.manual_seed(seed)
-    model = Wrapper(host.make()).eval()
+    model = (host.wrap or Wrapper)(host.make()).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.5)
@@ -124,12 +169,16 @@ def configs(name: str) -> Iterator[dict[str, Any]]:
     for key, option in document.config.items():
         if option.default is MISSING:
             low = option.minimum
-            base[key] = {
-                "integer": int(low) if low is not None and low > 2 else 2,
-                "number": 0.7,
-                "boolean": True,
-                "string": (option.enum or ("",))[0],
-            }[option.type]
+            base[key] = (
+                option.enum[0]
+                if option.enum
+                else {
+                    "integer": int(low) if low is not None and low > 2 else 2,
+                    "number": 0.7,
+                    "boolean": True,
+                    "string": "",
+                }[option.type]
+            )
     yield base
     for key, option in document.config.items():
         if option.type == "boolean":
@@ -141,6 +190,8 @@ def configs(name: str) -> Iterator[dict[str, Any]]:
 def fits(name: str, config: Mapping[str, Any], host: Host) -> bool:
     """Whether a kind goes on a host with this config; a refusal is an error of ours and nothing else."""
     kind = kinds.get(name)
+    if kind.document.context and host.grid is None:
+        return False
     module = host.make()
     view = view_of(module)
     try:

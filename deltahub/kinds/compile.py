@@ -223,6 +223,8 @@ class _Builder:
             if not -len(value) <= items[0] < len(value):
                 raise node.place.error("E_KIND_NUMBER", f"the tuple has {len(value)} entries")
             return cast(object, value[items[0]])
+        if value is None:
+            return None  # a part of an absent tensor is absent
         if not isinstance(value, fx.Node):
             raise node.place.error("E_KIND_OP", "only tensors have subscripts")
         return self.emit(node.place, "index", value, items[0] if len(items) == 1 else items)

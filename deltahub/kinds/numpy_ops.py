@@ -251,6 +251,21 @@ def _interpolate(x: Array, size: Axes, mode: str) -> Array:
     return x
 
 
+def _shrink2d(x: Array, by: int, how: str) -> Array:
+    if how == "avg":
+        return _avg_pool(x, by, by, 0, True, False, 2)  # noqa: FBT003
+    return _adaptive_avg_pool(x, (max(1, x.shape[-2] // by), max(1, x.shape[-1] // by)), 2)
+
+
+def _depthwise2d(x: Array, weight: Array, bias: Array | None) -> Array:
+    return convolve(x, weight, bias, 1, weight.shape[-1] // 2, 1, weight.shape[0])
+
+
+def _gated(x: Array, how: str, axis: int) -> Array:
+    a, b = np.split(x, 2, axis)
+    return a * (_sigmoid(b) if how == "sigmoid" else b)
+
+
 def _attention(q: Array, k: Array, v: Array, scale: float | None, causal: bool) -> Array:  # noqa: FBT001
     scores = q @ np.swapaxes(k, -1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if causal:
@@ -343,6 +358,10 @@ TWINS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "adaptive_avg_pool1d": lambda x, size: _adaptive_avg_pool(x, size, 1),
         "adaptive_avg_pool2d": lambda x, size: _adaptive_avg_pool(x, size, 2),
         "interpolate": _interpolate,
+        "shrink2d": _shrink2d,
+        "grow2d": lambda x, by, size: x if by == 1 else _interpolate(x, size, "bilinear"),
+        "depthwise2d": _depthwise2d,
+        "gated": _gated,
         "attention": _attention,
     }
 )

@@ -263,6 +263,13 @@ _TABLE = (
     ("adaptive_avg_pool2d(x: tensor, size: ints)", "means, down to a given height and width"),
     ("interpolate(x: tensor, size: ints, mode: text = 'bilinear')",
      "maps resized: bilinear (corners not aligned) or nearest"),
+    ("shrink2d(x: tensor, by: int, how: text = 'avg')",
+     "means of by × by windows: 'avg', ragged at the far edge; or 'adaptive', equal shares of side // by windows"),
+    ("grow2d(x: tensor, by: int, size: ints)", "a map shrunk by a factor, resized to a height and width: bilinear"),
+    ("depthwise2d(x: tensor, weight: tensor, bias: tensor = None)",
+     "each channel of [batch, channels, height, width] by its own odd window ([channels, 1, k, k]); the size stays"),
+    ("gated(x: tensor, how: text = 'product', axis: int = -1)",
+     "one half of an axis times the other ('product') or times its sigmoid ('sigmoid')"),
     ("attention(q: tensor, k: tensor, v: tensor, scale: number = None, causal: flag = 0)",
      "softmax(scale q kᵀ) v over the last two axes; scale 1/√d by default"),
 )  # fmt: skip

@@ -129,7 +129,7 @@ class _Walk:
             case Index(value=inner, items=items):
                 where = tuple(self.subscript(item) for item in items)
                 base = self.value(inner)
-                return base[where[0] if len(where) == 1 else where]
+                return None if base is None else base[where[0] if len(where) == 1 else where]
             case Loop():
                 return self.loop(node)
             case Call():

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltahub.kinds.map_ops import MAP_FUNCTIONS
+
 __all__ = ["ACTIVATION_FUNCTIONS", "FUNCTIONS", "SETTLED", "TARGETS"]
 
 Axes = int | tuple[int, ...]
@@ -240,12 +242,6 @@ def _avg_pool2d(x: Tensor, kernel: Axes, stride: Axes | None, padding: Axes, cei
     return F.avg_pool2d(x, kernel, stride, padding, ceil, count_pad)
 
 
-def _interpolate(x: Tensor, size: Axes, mode: str) -> Tensor:
-    if mode not in {"bilinear", "nearest"}:
-        raise ValueError(f"mode {mode!r} is neither bilinear nor nearest")
-    return F.interpolate(x, _shape(size), mode=mode, align_corners=False if mode == "bilinear" else None)
-
-
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) -> Tensor:  # noqa: FBT001
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
 
@@ -389,8 +385,8 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "avg_pool2d": _avg_pool2d,
         "adaptive_avg_pool1d": F.adaptive_avg_pool1d,
         "adaptive_avg_pool2d": F.adaptive_avg_pool2d,
-        "interpolate": _interpolate,
         "attention": _attention,
+        **MAP_FUNCTIONS,
     }
 )
 """Operations that mean the same on every host, by name."""

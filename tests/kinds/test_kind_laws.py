@@ -31,6 +31,7 @@ KINDS = {**{n: get(n) for n in names()}, **{k.name: k for k in Registry(METHODS)
 VALUES: dict[str, dict[str, object]] = {
     "com.example.oft": {"block": 3},
     "com.example.lokr": {"rows": 2, "columns": 3},
+    "delta-conv": {"kernel": 3, "reduction": 3},
     "com.example.gated-depthwise": {"size": 3},
 }
 

@@ -96,6 +96,12 @@ CASES: dict[str, tuple[dict[str, tuple[int, ...]], list[str]]] = {
                      "interpolate(u, (3, 2), 'nearest')"]),
     "attention": ({"q": (2, 3, 4), "k": (2, 5, 4), "v": (2, 5, 6)},
                   ["attention(q, k, v)", "attention(q, k, v, scale=0.3, causal=1)"]),
+    "shrink2d": ({"u": (2, 3, 7, 5)},
+                 ["shrink2d(u, 1)", "shrink2d(u, 2)", "shrink2d(u, 3, 'adaptive')", "shrink2d(u, 9, how='adaptive')"]),
+    "grow2d": ({"u": (2, 3, 4, 3)}, ["grow2d(u, 1, (4, 3))", "grow2d(u, 2, (7, 5))"]),
+    "depthwise2d": ({"u": (2, 3, 5, 4), "w": (3, 1, 3, 3), "b": (3,), "large": (3, 1, 13, 13)},
+                    ["depthwise2d(u, w)", "depthwise2d(u, w, b)", "depthwise2d(u, large, bias=b)"]),
+    "gated": ({"u": (2, 4, 6)}, ["gated(u)", "gated(u, 'sigmoid', 1)"]),
 }  # fmt: skip
 
 LINES = [(name, tensors, line) for name, (tensors, lines) in CASES.items() for line in lines]
