@@ -107,8 +107,8 @@ CASES = [
     Case("boft", "linear", config("BOFTConfig", boft_block_size=4), maps.boft),
     Case(
         "boft-butterfly",
-        "linear",
-        config("BOFTConfig", boft_block_size=2, boft_n_butterfly_factor=2),
+        "tall",
+        config("BOFTConfig", boft_block_size=2, boft_n_butterfly_factor=3),
         maps.boft,
         patched=True,
     ),
