@@ -19,8 +19,8 @@ from torch import nn
 
 from deltahub import identity
 from deltahub.attaching import attach_parts
-from deltahub.backbones import apply_settings, build, require_covered, resolve
-from deltahub.composition import registry, using
+from deltahub.backbones import apply_settings, assemble, build, denoiser_of, require_covered, resolve
+from deltahub.composition import REGISTRY, registry, using
 from deltahub.effects import effect_of
 from deltahub.errors import PackageError
 from deltahub.hub import PulledPackage, pull
@@ -123,12 +123,15 @@ def load(
         allow_nonfinite: accept NaN and infinities in the delta's tensors.
 
     Returns:
-        The backbone itself, in evaluation mode, with the delta attached; see :func:`deltahub.deltas`.
+        The backbone itself, in evaluation mode, with the delta attached; see :func:`deltahub.deltas`. A delta that was
+        published for a pipeline of diffusers gives that pipeline, with the delta in its denoiser; so does a live
+        pipeline as ``backbone``.
 
     Raises:
         DeltaHubError: each step has its own subclass and code; nothing is half done.
     """
-    model, delta, _ = _load(
+    fetching = {"endpoint": endpoint, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    model, delta, package = _load(
         source,
         backbone=backbone,
         revision=revision,
@@ -153,7 +156,7 @@ def load(
         except BaseException:
             delta.detach()
             raise
-    return model
+    return _pipeline(package.manifest, backbone, model, fetching)
 
 
 def _load(
@@ -238,6 +241,8 @@ def _backbone(
     level = None if verify is None else _LEVELS.get(verify) or identity.Level.named(verify)
     section = manifest.backbone
     report = None
+    live = denoiser_of(given)
+    given = given if live is None else live[1]
     if isinstance(given, nn.Module):
         if level is not None:
             report = identity.check(section, module=given, level=level)
@@ -254,6 +259,17 @@ def _backbone(
     built = build(source, files, settings=manifest.settings or (), dtype=dtype, device=device, device_map=device_map)
     require_covered(built, _overwritten(manifest, built.model))
     return built.model, report, built.notes
+
+
+def _pipeline(manifest: Manifest, given: Any, model: nn.Module, fetching: Mapping[str, Any]) -> Any:
+    """The model itself; or the pipeline around it, where the delta was published for one or one was given."""
+    source = {} if manifest.backbone.source is None else manifest.backbone.source.model_dump(by_alias=True)
+    live = denoiser_of(given)
+    if live is None and (isinstance(given, nn.Module) or not source.get("pipeline")):
+        return model
+    found = assemble(source, model, **fetching) if live is None else given
+    found.__dict__[REGISTRY] = model.__dict__.get(REGISTRY)  # so that `deltas` and `using` take the pipeline
+    return found
 
 
 def _overwritten(manifest: Manifest, model: nn.Module) -> set[str]:

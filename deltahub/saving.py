@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltahub import identity
-from deltahub.backbones import BackboneFiles, changed_settings, describe, origin, resolve
+from deltahub.backbones import BackboneFiles, changed_settings, describe, origin, pipeline_of, resolve
 from deltahub.errors import InjectionError, UsageError
 from deltahub.injection import slot_of
 from deltahub.manifest import Backbone, Setting
@@ -122,7 +122,7 @@ def backbone_section(
 
     The files that the model was loaded from are identified where they can be found; the live tensors otherwise.
     """
-    source = describe(model)
+    source = {**describe(model), **pipeline_of(model)}
     files = _files_of(model, source, override)
     if files is None:
         names = identity.checkpoint_names(model)

@@ -21,11 +21,14 @@ __all__ = [
     "Built",
     "Setting",
     "apply_settings",
+    "assemble",
     "build",
     "changed_settings",
+    "denoiser_of",
     "describe",
     "files_section",
     "origin",
+    "pipeline_of",
     "require_covered",
     "resolve",
 ]
@@ -33,4 +36,5 @@ __all__ = [
 from deltahub.backbones.building import Built, build, require_covered
 from deltahub.backbones.files import BackboneFiles, files_section, resolve
 from deltahub.backbones.libraries import describe, origin
+from deltahub.backbones.pipelines import assemble, denoiser_of, pipeline_of
 from deltahub.backbones.settings import Setting, apply_settings, changed_settings
