@@ -90,12 +90,12 @@ def test_a_listed_backbone_of_the_same_structure(tmp_path: Path, level: I.Level)
     base = values()
     declared = section(saved(tmp_path / "a", base))
     other = saved(tmp_path / "b", {n: t + 1 if n.endswith("weight") else t for n, t in base.items()})
-    with pytest.raises(I.IdentityError):
+    with pytest.raises(IdentityError):
         I.check(declared, files=other, level=level)
     declared["compatible"] = [{"root": I.fingerprint(other).exact, "relation": "safety-tuned"}]
     assert I.check(declared, files=other, level=level).root == "compatible"
     assert I.check(declared, files=tmp_path / "a", level=level).root == "exact"
-    with pytest.raises(I.IdentityError):
+    with pytest.raises(IdentityError):
         I.check(declared, files=saved(tmp_path / "c", {n: t + 2 for n, t in base.items()}), level=level)
 
 
