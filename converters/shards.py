@@ -24,7 +24,7 @@ from deltahub.tensors import DTYPES, TensorInfo
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Layout", "Source", "copy_range", "layout", "new_folder", "write_shard"]
+__all__ = ["Layout", "Source", "copy_range", "layout", "new_folder", "put", "put_blocks", "write_shard"]
 
 _PIECE = 8 << 20
 
