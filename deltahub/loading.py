@@ -156,7 +156,8 @@ def load(
         except BaseException:
             delta.detach()
             raise
-    return _pipeline(package.manifest, backbone, model, fetching)
+    found: nn.Module = _pipeline(package.manifest, backbone, model, fetching)
+    return found
 
 
 def _load(
