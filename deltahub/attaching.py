@@ -182,7 +182,7 @@ def attach_parts(
     if frozen:
         freeze(model, home)
     if active:
-        home.switch.key = "\n".join([*acting, name])
+        home.switch.choose("\n".join([*acting, name]))
     return delta
 
 

@@ -69,7 +69,7 @@ def deltas(model: nn.Module) -> Mapping[str, Any]:
 
 def active_names(home: Registry) -> list[str]:
     """Names of the deltas that act, in order; on any row, where each row has its own."""
-    key = home.switch.key
+    key = home.switch.chosen
     if is_mixed(key):
         acting = {name for row in rows_of(key) for name in row.split("\n")}
         return [name for name in home if name in acting]
@@ -85,12 +85,12 @@ def activate(home: Registry, names: Sequence[str], *, check: bool = True) -> Non
     require_unmixed(home)
     if check:
         check_conflicts([home[name] for name in names])
-    home.switch.key = "\n".join(names)
+    home.switch.choose("\n".join(names))
 
 
 def require_unmixed(home: Registry) -> None:
     """Refuse to change what acts while each row of a batch has its own deltas."""
-    if is_mixed(home.switch.key):
+    if is_mixed(home.switch.chosen):
         raise InjectionError(
             "E_INJECTION_ROWS",
             "which deltas act cannot be changed while each row of a batch has its own",
@@ -152,6 +152,10 @@ def using(model: nn.Module, *names: str | Sequence[Row]) -> Iterator[nn.Module]:
     module's input is then the batch: as long as the list, or a multiple of it with the rows of a sample together (the
     beams of a search, the tokens of a sequence), or 1 for what all rows share.
 
+    Threads may each be in a block of their own on the same model, as those of a server are. A thread without one
+    follows the block of another while there is just one such, so a server opens a block for every request. A block
+    is left by the thread that entered it.
+
     Args:
         model: a model with attached deltas.
         names: names of attached deltas, in the order in which they act; or one list with an entry per row: a name,
@@ -167,7 +171,6 @@ def using(model: nn.Module, *names: str | Sequence[Row]) -> Iterator[nn.Module]:
     sets = {tuple(dict.fromkeys(row)) for row in rows}
     for name in dict.fromkeys(name for row in rows for name in row):
         _lookup(home, name)
-    before = home.switch.key
     resting = [d.name for d in home.values() if d.merged and any(d.name not in row for row in sets)]
     if resting:
         raise InjectionError(
@@ -177,13 +180,13 @@ def using(model: nn.Module, *names: str | Sequence[Row]) -> Iterator[nn.Module]:
         check_conflicts([home[name] for name in row])
     if names and not isinstance(names[0], str):
         check_mixable([s for n in {n for r in sets for n in r} for p in home[n].parts for _, s in p.sites])
-        home.switch.key = mixed_key([list(dict.fromkeys(row)) for row in rows])
+        home.switch.enter(mixed_key([list(dict.fromkeys(row)) for row in rows]))
     else:
-        home.switch.key = "\n".join(dict.fromkeys(rows[0]))
+        home.switch.enter("\n".join(dict.fromkeys(rows[0])))
     try:
         yield model
     finally:
-        home.switch.key = before
+        home.switch.leave()
 
 
 def _rows(names: Sequence[str | Sequence[Row]]) -> list[list[str]]:

@@ -17,6 +17,7 @@ from deltahub.errors import HostError
 from deltahub.hosts import View, view_of
 from deltahub.merging import Change, Merging, at_once, blend, stored_transposed
 from deltahub.mixing import MixedPlan, is_mixed, rows_of
+from deltahub.switching import Switch
 
 if TYPE_CHECKING:
     from deltahub.kinds import Kind, Port
@@ -32,21 +33,6 @@ _MERGED = ("weight", "bias")
 
 
 _KEPT_STRENGTHS = 16
-
-
-class Switch:
-    """Which deltas act on a model, shared by all its sites: one string to compare, one number per delta.
-
-    Attributes:
-        key: names of the active deltas, joined by a line feed, in the order of attachment.
-        strength: user's scale of each delta; 1 where absent.
-    """
-
-    __slots__ = ("key", "strength")
-
-    def __init__(self) -> None:
-        self.key = ""
-        self.strength: dict[str, float] = {}
 
 
 class Bound:
@@ -351,7 +337,10 @@ class Slot:
 
     def plan(self) -> Plan | MixedPlan | None:
         """The plan for the deltas that are active now; ``None`` where none of them acts here."""
-        key = self.switch.key
+        switch = self.switch
+        key = switch.here.key
+        if key is None:
+            key = switch.key
         try:
             return self.plans[key]
         except KeyError:
@@ -370,8 +359,8 @@ class Slot:
 
     def _mixed(self, key: str) -> MixedPlan | None:
         """The plan for a list of deltas per row; the one for another list is forgotten."""
-        for other in [k for k in self.plans if is_mixed(k)]:
-            del self.plans[other]
+        for other in [k for k in list(self.plans) if is_mixed(k)]:
+            self.plans.pop(other, None)  # another thread may have been here
         unlike: dict[tuple[int, ...], Plan] = {}
         chosen: list[Plan | None] = []
         for row in rows_of(key):

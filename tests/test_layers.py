@@ -30,6 +30,7 @@ LAYERS = (
     "mixing",
     "contexts",
     "package",
+    "switching",
     "sites",
     "injection",
     "backbones",
