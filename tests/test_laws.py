@@ -118,7 +118,7 @@ def test_torch_equals_the_numpy_interpreter(case: Case) -> None:
         close(model(x), torch.from_numpy(run("replace", x=case.host.inner(x))))
     if "output" in ports and site.bound.live:
         own = {} if view is BLOCK else {"W": view.weight(module), "b": view.bias(module)}
-        close(model(x), torch.from_numpy(run("output", x=x, y=y, **own)))
+        close(model(x), torch.from_numpy(run("output", x=case.host.inner(x), y=y, **own)))
     if {"weight", "bias"} & set(ports):
         weight, bias = view.weight(module), view.bias(module)
         own = weight.new_zeros(weight.shape[0]) if bias is None else bias

@@ -291,13 +291,13 @@ def ends(t: Tensors, y: Array) -> Array:
 
 
 def gate(t: Tensors, h: Array) -> Array:
-    return np.asarray(sigmoid(h @ t["gate"].T + t["gate_bias"]).mean(-2, keepdims=True))
+    return np.asarray(sigmoid((h * t["gate"]).sum(-1, keepdims=True) + t["gate_bias"]).mean(-2, keepdims=True))
 
 
 def inserted() -> list[Inserted]:
     n = numbers
     down, up = {"down": n(2, 4, seed=1), "down_bias": n(2, seed=2)}, {"up": n(4, 2, seed=3), "up_bias": n(4, seed=4)}
-    gates = {"gate": n(1, 4, seed=5), "gate_bias": n(1, seed=6)}
+    gates = {"gate": n(4, seed=5), "gate_bias": n(1, seed=6)}
     relu = {"bottleneck": 2, "activation": "relu", "scale": 0.5}
 
     def bottleneck(t: Tensors, h: Array) -> Array:
