@@ -46,6 +46,7 @@ LAYERS = (
     "presets",
     "loading",
     "inspecting",
+    "explorer",
     "converters",
     "recipes",
     "demo",

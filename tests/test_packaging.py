@@ -66,7 +66,7 @@ def shipped_files() -> set[str]:
             name = path.relative_to(ROOT / folder).as_posix()
             if "__pycache__" in path.parts or not path.is_file() or name.startswith("conformance/"):
                 continue
-            if path.suffix == ".py" or folder == "spec":
+            if path.suffix in {".py", ".html", ".css", ".js"} or folder == "spec":
                 wanted.add(f"{inside}/{name}")
     return wanted
 

@@ -69,6 +69,7 @@ def inspect(
     ] = None,
     whole: Annotated[bool, typer.Option("--whole", help="Show a package inside the backbone that it names.")] = False,
     svg: Annotated[Path | None, typer.Option(help="Write the tree as a picture, too.", metavar="FILE")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the explorer's page, too.", metavar="FILE")] = None,
     revision: Revision = None,
     endpoint: Endpoint = None,
     token: Token = None,
@@ -100,6 +101,10 @@ def inspect(
     )
     if svg is not None:
         svg.write_text(to_svg(found), encoding="utf-8")
+    if html is not None:
+        from deltahub.explorer import page
+
+        html.write_text(page(found), encoding="utf-8")
     if as_json:
         typer.echo(as_text(found))
     elif sys.stdout.isatty():
@@ -108,6 +113,53 @@ def inspect(
         Console().print(found)
     else:
         typer.echo(to_text(found))
+
+
+@app.command()
+def explore(
+    source: Annotated[str, typer.Argument(help="A package or a backbone, as for `inspect`.")],
+    backbone: Annotated[
+        str | None, typer.Option(help="Show a package inside this backbone: a folder or a repository.")
+    ] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Show a package inside the backbone that it names.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Where to serve it; any that is free by default.")] = 0,
+    browser: Annotated[bool, typer.Option(help="Open it in a browser.")] = True,
+    revision: Revision = None,
+    endpoint: Endpoint = None,
+    token: Token = None,
+    cache_dir: Cache = None,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Look around in a browser, and plan a delta.
+
+    Pick modules and a kind; see what it costs, the targets in manifest form, and the line of Python to paste. The
+    page is served on this machine alone, to who has the token in its address, until Ctrl-C.
+    """
+    import time
+    import webbrowser
+
+    from deltahub.explorer import page, served
+    from deltahub.inspecting import inspect as run
+
+    found = run(
+        source,
+        backbone=backbone if backbone is not None else whole,
+        revision=revision,
+        endpoint=endpoint,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=offline,
+    )
+    with served(page(found), port=port) as address:
+        show({"address": address}, as_json, lambda result: [str(result["address"]), "Ctrl-C ends it"])
+        if browser and sys.stdout.isatty():
+            webbrowser.open(address)
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            return
 
 
 @app.command()
