@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deltahub import kinds
+from deltahub.attending import check_bias, shape_of
 from deltahub.composition import (
     REGISTRY,
     Registry,
@@ -87,7 +88,7 @@ def attach(
     """
     found = _kind(kind)
     name = found.name.rpartition(".")[2] if name is None else name
-    paths = choose(model, targets, exclude)
+    paths = choose(model, _default_targets(found) if targets is None else targets, exclude)
     part = Part(name=name, kind=found, config=found.check_config(config), paths=paths, dropout=dropout)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return attach_parts(model, name, [part], frozen=frozen, dtype=dtype, generator=generator)
@@ -100,6 +101,17 @@ def _kind(kind: str | Mapping[str, object] | os.PathLike[str]) -> Kind:
     if isinstance(kind, Mapping):
         return Kind(Document.parse(kind))
     return Kind(Document.from_toml(Path(kind).read_text(encoding="utf-8"), where=str(kind)))
+
+
+def _default_targets(kind: Kind) -> Sequence[str]:
+    targets = kind.document.targets
+    if not targets:
+        raise TargetError(
+            "E_TARGET_NOTHING",
+            f"kind {kind.name!r} names no targets of its own",
+            hint="give targets=, such as 'query' or 'role:attention.query'",
+        )
+    return targets
 
 
 def choose(model: nn.Module, targets: str | Sequence[str] | Choice, exclude: str | Sequence[str]) -> list[str]:
@@ -212,7 +224,7 @@ def _build(
     slot = slot_of(module)
     base = slot.base if slot is not None else type(module)
     view = slot.view if slot is not None else view_of(module)
-    shape = view.shape(module, base)
+    shape = shape_of(module, base, part.kind.hosts, view.shape(module, base))
     given = None if part.tensors is None else part.tensors[path]
     try:
         if given is not None:
@@ -222,6 +234,7 @@ def _build(
         if shape not in known:
             known[shape] = Bound(part.kind, part.config, shape), part.kind.tensors(part.config, shape)
         bound, specs = known[shape]
+        check_bias(bound.ports, module, base, path)
     except KindError as error:
         error.where = f"{path} ({base.__name__}), {error.where}" if error.where else f"{path} ({base.__name__})"
         raise

@@ -250,16 +250,19 @@ class _Host:
 def _apply(request: Request) -> Result:
     import torch
 
+    from deltahub.kinds.document import PORTS
+
     kind, shape = kind_of(request), shape_of(request["host"])
     config = kind.check_config(request["config"])
     given = {name: _tensor(value) for name, value in request.get("tensors", {}).items()}
     kind.fits(shape, config)
     specs = kind.tensors(config, shape, known={name: tuple(t.shape) for name, t in given.items()})
     port = kind.compile(config, shape)[request["port"]]
-    values = {name: _tensor(request[name]) if name in request else None for name in ("x", "y", "W", "b")}
+    known = ("x", "y", "W", "b", "scores")
+    values = {name: _tensor(request[name]) if name in request else None for name in known}
     if request["port"] == "bias" and values["b"] is None:
         values["b"] = torch.zeros(request["host"]["out"])
-    names = {"input": "x", "output": "xy", "replace": "x", "weight": "Wb", "bias": "Wb"}[request["port"]]
+    names = PORTS[request["port"]]
     module = _module(request["host"], values["W"], values["b"] if request["host"].get("bias") else None)
     host = _Host(module, request.get("context", {}))
     with torch.no_grad():

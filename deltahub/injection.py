@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from deltahub.attending import attending, attention_of
 from deltahub.contexts import CARRIED, Block, block_of
 from deltahub.errors import HostError, InjectionError
 from deltahub.hosts import BLOCK
@@ -35,6 +36,7 @@ def hosted(base: Any) -> type[nn.Module]:
     first = names.pop(0) if names else None
     block = block_of(base)
     original = base.forward
+    attend = attending(original) if attention_of(base) is not None else None
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -53,7 +55,8 @@ def hosted(base: Any) -> type[nn.Module]:
             return plan.run(self, functools.partial(original, self), x)
         if block is not None and _severed(plan):
             _check_heeded(block, dict(zip(names, rest, strict=False)) | kwargs if rest else kwargs, x)
-        return _run_block(plan, x, _Body(self, original, rest, kwargs, context))
+        run = attend if attend is not None and (plan.attended or plan.rescored) else original
+        return _run_block(plan, x, _Body(self, run, rest, kwargs, context))
 
     namespace = {
         "forward": forward,

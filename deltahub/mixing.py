@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltahub.attending import Extra
 from deltahub.errors import InjectionError
 from deltahub.kinds.torch_ops import SETTLED
 
@@ -63,6 +64,8 @@ class _Site(Protocol):
 class _Plan(Protocol):
     """What is used of :class:`deltahub.sites.Plan`."""
 
+    attended: tuple[Any, ...]
+    rescored: tuple[Any, ...]
     severed: bool
     staged: bool
     weighted: tuple[Any, ...]
@@ -71,6 +74,8 @@ class _Plan(Protocol):
     def enter(self, module: nn.Module, call: Callable[[Any], Any], x: Any) -> tuple[list[Any], Any]: ...
     def leave(self, module: nn.Module, call: Callable[[Any], Any], xs: Sequence[Any], y: Any) -> Any: ...
     def run(self, module: nn.Module, call: Callable[[Any], Any], x: Any) -> Any: ...
+    def further(self, module: nn.Module, key: Tensor) -> Extra | None: ...
+    def rescore(self, module: nn.Module, scores: Tensor) -> Tensor: ...
 
 
 def check_mixable(sites: Sequence[_Site]) -> None:
@@ -88,6 +93,8 @@ def check_mixable(sites: Sequence[_Site]) -> None:
                 where=site.path,
                 found=f"it asks for {', '.join(sorted(whole))}",
             )
+        if "past" in site.bound.ports:
+            raise _refuse("keys and values that have positions of their own cannot be mixed", where=site.path)
         parts = site.path.split(".")
         if _ROUTED & set(parts[:-1]) or parts[-1] in _BATCHLESS:
             why = "its tokens are routed" if _ROUTED & set(parts[:-1]) else "it sees positions, not samples"
@@ -226,7 +233,7 @@ class _Products:
             if not plan.staged or len(plan.wrapped) != 1 or "input" in plan.wrapped[0].bound.ports:
                 return None
             site = plan.wrapped[0]
-            product = low_rank(site.bound.ports["output"])
+            product = low_rank(site.bound.ports["output"]) if "output" in site.bound.ports else None
             if product is None or site.dropout:
                 return None
             found.append((site, product))
@@ -287,7 +294,9 @@ class MixedPlan:
         plans: for each row, the plan of its deltas here; ``None`` where none of them acts here.
     """
 
-    __slots__ = ("_layouts", "_looked", "members", "path", "plans", "products", "rows", "slot", "staged")
+    __slots__ = (
+        "_layouts", "_looked", "attended", "members", "path", "plans", "products", "rescored", "rows", "slot", "staged",
+    )  # fmt: skip
 
     def __init__(self, slot: Any, plans: Sequence[_Plan | None]) -> None:
         self.slot = slot
@@ -299,6 +308,8 @@ class MixedPlan:
         self.members = list(groups.values())
         self.plans = [plans[rows[0]] for rows in self.members]
         self.staged = all(plan is None or plan.staged for plan in self.plans)
+        self.attended = any(plan is not None and plan.attended for plan in self.plans)
+        self.rescored = any(plan is not None and plan.rescored for plan in self.plans)
         self.products: _Products | None = None
         self._looked = False
         self._layouts: dict[int, Layout] = {}
@@ -344,6 +355,37 @@ class MixedPlan:
             own = call if whole is None else _Some(whole, i)
             results.append(own(part) if plan is None else plan.run(module, own, part))
         return layout.join(results)
+
+    def further(self, module: nn.Module, key: Tensor) -> Extra | None:
+        """What the rows of an attention attend to besides their own keys: one length for all, the rest unseen."""
+        found = [None if plan is None else plan.further(module, key) for plan in self.plans]
+        length = max((one.key.shape[2] for one in found if one is not None), default=0)
+        if not length:
+            return None
+        layout = self.layout(key.shape[0])
+        keys, values, weights = [], [], []
+        for one, rows in zip(found, layout.sizes, strict=True):
+            own = 0 if one is None else one.key.shape[2]
+            weight = key.new_zeros(rows, own)
+            if one is None:
+                blank = key.new_zeros(rows, key.shape[1], length, key.shape[3])
+                keys.append(blank)
+                values.append(blank)
+            else:
+                keys.append(F.pad(one.key, (0, 0, length - own, 0)).expand(rows, -1, -1, -1))
+                values.append(F.pad(one.value, (0, 0, length - own, 0)).expand(rows, -1, -1, -1))
+                weight = weight if one.weight is None else one.weight.expand(rows, -1)
+            weights.append(F.pad(weight, (length - own, 0), value=float("-inf")))
+        return Extra(
+            key=layout.join(keys), value=layout.join(values), weight=layout.join(weights), placed=(False,) * length
+        )
+
+    def rescore(self, module: nn.Module, scores: Tensor) -> Tensor:
+        """What becomes of the bias that an attention adds to the scores of each row."""
+        layout = self.layout(scores.shape[0] if scores.shape[0] > 1 else self.rows)
+        parts = layout.split(scores.expand(sum(layout.sizes), -1, -1, -1))
+        both = zip(self.plans, parts, strict=True)
+        return layout.join([part if plan is None else plan.rescore(module, part) for plan, part in both])
 
     def _staged(self, module: nn.Module, call: Callable[[Any], Any], x: Tensor, layout: Layout) -> Tensor:
         """Inputs changed row by row, the module run once, outputs changed row by row."""

@@ -16,7 +16,7 @@ from deltahub.errors import InjectionError, UsageError
 from deltahub.injection import slot_of
 from deltahub.manifest import Backbone, Setting
 from deltahub.package import Package, Probe, write
-from deltahub.sites import Part
+from deltahub.sites import Part, Site
 from deltahub.targets import abbreviate
 
 if TYPE_CHECKING:
@@ -103,16 +103,29 @@ def _modules(parts: Sequence[tuple[str, Part]]) -> tuple[list[dict[str, Any]], d
             "name": name,
             "kind": part.kind.name,
             "version": part.kind.version,
-            "config": dict(part.config),
+            "config": {**part.config, **part.kind.document.fold},
             "targets": abbreviate([site.path for _, site in part.sites]),
         }
         modules.append(entry | ({"removes": list(part.removes)} if part.removes else {}))
         for _, site in part.sites:
-            for tensor, value in zip(site.names, site.tensors(), strict=True):
+            for tensor, value in _stored(part, site).items():
                 tensors[f"{name}/{site.path}/{tensor}"] = value.detach()
         if part.kind.name not in known:
             documents[part.kind.name, part.kind.version] = dict(part.kind.document.source)
     return modules, tensors, list(documents.values())
+
+
+def _stored(part: Part, site: Site) -> Mapping[str, Tensor]:
+    """A site's tensors as a package holds them: those of a reparametrised kind are what they stand for."""
+    own = dict(zip(site.names, site.tensors(), strict=True))
+    folded = {**part.config, **part.kind.document.fold}
+    if folded == dict(part.config):
+        return own
+    port = next(p for p in ("kv", "past") if p in site.bound.ports)
+    with torch.no_grad():
+        value = site.bound.ports[port].fn(None, *site.tensors())
+    names = part.kind.tensors(folded, site.bound.shape)
+    return dict(zip(names, value.unbind(), strict=True))
 
 
 def backbone_section(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltahub.attending import Extra, joined
 from deltahub.errors import HostError
 from deltahub.hosts import View, view_of
 from deltahub.merging import Change, Merging, at_once, blend, stored_transposed
@@ -179,10 +180,12 @@ class Plan:
     Attributes:
         weighted: sites that change the module's weight or bias before it is applied, in order.
         wrapped: sites whose live equations wrap the result, innermost first.
+        attended: sites that give attention further keys and values.
+        rescored: sites that change what attention adds to its scores.
         staged: whether the module runs exactly once, as it is, between equations of its input and of its output.
     """
 
-    __slots__ = ("plain", "severed", "slot", "staged", "weighted", "wrapped")
+    __slots__ = ("attended", "plain", "rescored", "severed", "slot", "staged", "weighted", "wrapped")
 
     def __init__(self, slot: Slot, sites: Sequence[Site]) -> None:
         self.slot = slot
@@ -198,6 +201,8 @@ class Plan:
         self.wrapped = (*dual[count:], *(s for s in sites if not s.bound.mergeable))
         self.severed = any(s.bound.severs for s in self.wrapped)
         self.plain = count == 0 and all(set(s.bound.ports) & set(_LIVE) == {"output"} for s in self.wrapped)
+        self.attended = tuple(s for s in self.wrapped if {"kv", "past"} & set(s.bound.ports))
+        self.rescored = tuple(s for s in self.wrapped if "scores" in s.bound.ports)
         self.staged = count == 0 and not any("replace" in s.bound.ports for s in self.wrapped)
 
     def innermost(self, module: nn.Module, call: Callable[[Any], Any], x: Any) -> Any:
@@ -257,6 +262,17 @@ class Plan:
             if "output" in site.bound.ports:
                 y = self.output(site, module, call, x, y)
         return y
+
+    def further(self, module: nn.Module, key: Tensor) -> Extra | None:
+        """What an attention attends to besides its own keys."""
+        return joined(self.attended, self.slot.switch.strength, module, key) if self.attended else None
+
+    def rescore(self, module: nn.Module, scores: Tensor) -> Tensor:
+        """What becomes of the bias that an attention adds to its scores."""
+        for site in self.rescored:
+            s = self.slot.switch.strength.get(site.delta, 1.0)
+            scores = blend(scores, site.bound.ports["scores"].fn(module, scores, *_cast(site.tensors(), scores)), s)
+        return scores
 
     def output(self, site: Site, module: nn.Module, call: Callable[[Any], Any], x: Any, y: Any) -> Any:
         strength = self.slot.switch.strength.get(site.delta, 1.0)

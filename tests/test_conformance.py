@@ -171,7 +171,7 @@ def test_the_interpreter_passes(monkeypatch: pytest.MonkeyPatch) -> None:
             continue
         body, facts = case.body, case.body["host"]
         kind, shape = conformance.kind_of(body), conformance.shape_of(facts)
-        inputs = {name: tensor(body.get(name)) for name in ("x", "y", "W", "b")}
+        inputs = {name: tensor(body.get(name)) for name in ("x", "y", "W", "b", "scores")}
         if body["port"] == "bias" and inputs["b"] is None:
             inputs["b"] = np.zeros(facts["out"], "f4")
         host = Host(

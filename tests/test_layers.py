@@ -27,6 +27,7 @@ LAYERS = (
     "kinds",
     "hosts",
     "merging",
+    "attending",
     "mixing",
     "contexts",
     "package",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltahub import contexts, kinds
+from deltahub.attending import check_bias, shape_of
 from deltahub.errors import DeltaHubError
 from deltahub.hosts import view_of
 from deltahub.kinds.fields import MISSING
@@ -87,6 +88,15 @@ def _conv1d() -> nn.Module:
     return Conv1D(10, 6)
 
 
+def _attention() -> nn.Module:
+    from transformers import BertConfig
+    from transformers.models.bert.modeling_bert import BertSelfAttention
+
+    config = BertConfig(hidden_size=6, num_attention_heads=2, attention_probs_dropout_prob=0.0)
+    config._attn_implementation = "eager"
+    return BertSelfAttention(config)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Host:
     """A way to make a small module and an input for it."""
@@ -129,6 +139,7 @@ HOSTS = [
     Host(name="layer-norm", make=lambda: nn.LayerNorm(6), input=lambda: torch.randn(2, 3, 6)),
     Host(name="rms-norm", make=lambda: RMSNorm(6), input=lambda: torch.randn(2, 3, 6)),
     Host(name="group-norm", make=lambda: nn.GroupNorm(2, 6), input=lambda: torch.randn(2, 6, 4, 4)),
+    Host(name="self-attention", make=_attention, input=lambda: torch.randn(2, 3, 6)),
     Host(name="block", make=lambda: Block(6), input=lambda: torch.randn(2, 3, 6)),
     Host(
         name="attention",
@@ -195,10 +206,11 @@ def fits(name: str, config: Mapping[str, Any], host: Host) -> bool:
     module = host.make()
     view = view_of(module)
     try:
-        shape = view.shape(module, type(module))
+        shape = shape_of(module, type(module), kind.hosts, view.shape(module, type(module)))
         checked = kind.check_config(config)
         kind.fits(shape, checked)
         kind.tensors(checked, shape)
+        check_bias(kind.ports(checked, shape), module, type(module), host.name)
     except DeltaHubError:
         return False
     return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -38,6 +38,7 @@ class _Meta:
         width = inner or shape.d_out or _WIDTH
         outer = shape.d_out or shape.d_in or _WIDTH
         groups = 2 if shape.grouped and shape.family == "conv" else 1
+        self.outer = outer
         if shape.family == "embedding":
             self.x = torch.empty(_ROWS, prod(_GRID), dtype=torch.int64, device="meta")
         else:
@@ -46,6 +47,7 @@ class _Meta:
         self.y = self.map(outer, 15 if one else 13)
         weight = shape.weight_shape
         self.W = None if weight is None else torch.empty(weight, device="meta", dtype=torch.float32)
+        self.scores = torch.empty(_ROWS, 2, 24, 24, device="meta", dtype=torch.float32)
         self.b = torch.empty(outer, device="meta", dtype=torch.float32) if shape.bias else None
 
     def map(self, channels: int, length: int) -> Tensor:
@@ -88,8 +90,12 @@ class _Meta:
     def given(self, name: str) -> object:
         return self if name == "host" else getattr(self, name)
 
-    def expected(self, port: str) -> torch.Size:
-        """The shape that a port's value must have."""
+    def expected(self, port: str) -> Sequence[int | None]:
+        """The shape that a port's value must have; ``None`` stands for any length."""
+        if port in {"kv", "past"}:
+            return (2, None, self.outer)
+        if port == "scores":
+            return self.scores.shape
         if port == "weight":
             assert self.W is not None
             return self.W.shape
@@ -136,12 +142,16 @@ def check(
             if size > limit or total > TOTAL * limit:
                 at: Place = node.meta["place"]
                 raise at.error("E_KIND_LIMIT", f"the result would have {size} elements; at most {limit} are allowed")
-    if not isinstance(result, Tensor) or result.shape != host.expected(port):
+    expected = host.expected(port)
+    if not isinstance(result, Tensor) or not _agree(result.shape, expected):
         found = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        error = place.error(
-            "E_KIND_SHAPE", f"the value of {port!r} must have the shape {list(host.expected(port))}, not {found}"
-        )
+        shown = [length if length is not None else "any" for length in expected]
+        error = place.error("E_KIND_SHAPE", f"the value of {port!r} must have the shape {shown}, not {found}")
         raise error
+
+
+def _agree(found: Sequence[int], expected: Sequence[int | None]) -> bool:
+    return len(found) == len(expected) and all(e is None or e == f for f, e in zip(found, expected, strict=True))
 
 
 def _run(node: fx.Node, environment: Mapping[fx.Node, Any]) -> Any:

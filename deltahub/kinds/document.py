@@ -26,10 +26,19 @@ __all__ = ["CONTEXT", "FACTS", "INITIALISERS", "LIVE_PORTS", "MERGED_PORTS", "PO
 T = TypeVar("T")
 
 PORTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"input": ("x",), "output": ("x", "y"), "replace": ("x",), "weight": ("W", "b"), "bias": ("W", "b")}
+    {
+        "input": ("x",),
+        "output": ("x", "y"),
+        "replace": ("x",),
+        "kv": (),
+        "past": (),
+        "scores": ("scores",),
+        "weight": ("W", "b"),
+        "bias": ("W", "b"),
+    }
 )
 """Where an equation may act, and what it is given there besides the host and the kind's own tensors."""
-LIVE_PORTS = frozenset({"input", "output", "replace"})
+LIVE_PORTS = frozenset({"input", "output", "replace", "kv", "past", "scores"})
 MERGED_PORTS = frozenset({"weight", "bias"})
 
 CONTEXT = ("grid", "group", "taps")
@@ -66,7 +75,7 @@ DTYPES = ("float", "float32", "float16", "bfloat16", "int64", "int32", "int16", 
 MAX_BYTES = 65536
 MAX_RANK = 8
 _SIZES = {"d_in", "d_out", "spatial"}
-_RESERVED = {"x", "y", "W", "b", "host", "base", "in", "out", *_SIZES, *CONTEXT}
+_RESERVED = {"x", "y", "scores", "W", "b", "host", "base", "in", "out", *_SIZES, *CONTEXT}
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _KIND = re.compile(r"[a-z][a-z0-9_-]{0,63}(\.[a-z0-9][a-z0-9_-]{0,63}){0,8}")
 _INIT = re.compile(r"\s*([a-z_]+)\s*(?:\((.*)\)\s*)?", re.DOTALL)
@@ -87,6 +96,8 @@ class Document:
         hosts: families of modules that it can act on.
         identity: whether a fresh one leaves its host as it is: always, never, or when.
         strength: the config number that a user's scale multiplies, or None.
+        targets: where an author puts it who names no targets: roles, or whatever else authors may write.
+        fold: config values under which it is saved: its tensors are then what its ``kv`` or ``past`` gives.
         context: what its equations ask of the surroundings.
         config: config values by name.
         tensors: tensors by name, in order.
@@ -102,6 +113,8 @@ class Document:
     hosts: frozenset[str]
     identity: bool | When
     strength: str | None
+    targets: tuple[str, ...]
+    fold: Mapping[str, object]
     context: tuple[str, ...]
     config: Mapping[str, ConfigField]
     tensors: Mapping[str, TensorField]
@@ -197,6 +210,8 @@ class _Reader:
         strength: Any = top.take("strength", str, "the name of a config number", None)
         if strength is not None and (strength not in self.config or self.config[strength].type != "number"):
             raise top.error("must be the name of a config number", strength, "strength")
+        fold = self.fold(equations)
+        targets = self.targets()
         top.finish()
         self.check_used(equations, identity)
         return Document(
@@ -207,6 +222,8 @@ class _Reader:
             hosts=frozenset(hosts),
             identity=identity if isinstance(identity, bool) else self.when(identity, "identity"),
             strength=strength,
+            targets=targets,
+            fold=MappingProxyType(fold),
             context=self.context,
             config=MappingProxyType(self.config),
             tensors=MappingProxyType(self.tensors),
@@ -221,6 +238,26 @@ class _Reader:
             if not isinstance(value, str) or value not in known or values.count(value) > 1:
                 raise self.top.error(f"must be an array of {', '.join(known)}, each once", value, key)
         return tuple(cast("list[str]", values))
+
+    def targets(self) -> tuple[str, ...]:
+        values: list[object] = self.top.take("targets", list, "an array of strings", [])
+        for value in values:
+            if not isinstance(value, str) or not value or values.count(value) > 1:
+                raise self.top.error("must be an array of strings, each once", value, "targets")
+        return tuple(cast("list[str]", values))
+
+    def fold(self, equations: Mapping[str, object]) -> dict[str, object]:
+        table = Table(self.top.take("fold", dict, "a table of config values", {}), self.where, "fold")
+        for name, value in table.data.items():
+            if name not in self.config:
+                raise table.error(f"is no config value{nearest(name, list(self.config))}", key=name)
+            try:
+                self.config[name].check(value, self.where)
+            except KindError as error:
+                raise table.error(f"can never hold: {error.what}", error.found, name) from None
+        if table.data and not {"kv", "past"} & set(equations):
+            raise self.top.error("has a meaning only beside kv or past", key="fold")
+        return dict(table.data)
 
     def name(self, name: str, table: Table) -> str:
         why = None

@@ -8,8 +8,9 @@ from typing import Literal, get_args
 
 __all__ = ["FAMILIES", "Family", "HostShape"]
 
-Family = Literal["linear", "conv", "embedding", "norm", "block"]
+Family = Literal["linear", "conv", "embedding", "norm", "block", "attention"]
 FAMILIES: tuple[str, ...] = get_args(Family)
+_WEIGHTLESS = frozenset({"block", "attention"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +18,8 @@ class HostShape:
     """The facts of one host, in canonical orientation. Two hosts with equal facts share compiled functions.
 
     Attributes:
-        family: ``linear``, ``conv``, ``embedding``, ``norm``, or ``block`` for any other module.
+        family: ``linear``, ``conv``, ``embedding``, ``norm``, or ``block`` for any other module; a block may also be
+            seen as ``attention`` (``d_out`` is then the width of its keys and values).
         d_in: second axis of the canonical weight: input features, input channels *per group*,
             vocabulary; None where the module does not say (blocks) or has no such axis (norms).
         d_out: first axis of the canonical weight: output features, channels, embedding size,
@@ -46,7 +48,7 @@ class HostShape:
     @property
     def weight_shape(self) -> tuple[int, ...] | None:
         """Shape of the canonical weight, or None for a block or where a size is unknown."""
-        if self.family == "block" or self.d_out is None:
+        if self.family in _WEIGHTLESS or self.d_out is None:
             return None
         if self.family == "norm":
             return (self.d_out,)
@@ -55,7 +57,9 @@ class HostShape:
     @property
     def weight_rank(self) -> int | None:
         """Number of axes of the canonical weight; None for a block."""
-        return {"block": None, "norm": 1}.get(self.family, 2 + len(self.kernel))
+        if self.family in _WEIGHTLESS:
+            return None
+        return 1 if self.family == "norm" else 2 + len(self.kernel)
 
     @property
     def weight_size(self) -> int:

@@ -30,7 +30,7 @@ class Port:
     """One compiled equation. Shared by all sites whose facts are equal; pickles as data, copies as itself.
 
     Attributes:
-        name: ``input``, ``output``, ``replace``, ``weight`` or ``bias``.
+        name: one of :data:`deltahub.kinds.document.PORTS`.
         fn: the function, called as ``fn(host, x, *tensors)`` (input, replace), ``fn(host, x, y, *tensors)`` (output)
             or ``fn(host, W, b, *tensors)`` (weight, bias). ``host`` gives ``deltahub_apply(x, w)``,
             ``deltahub_base(x)``, ``deltahub_weight()``, ``deltahub_bias()`` and ``deltahub_context(name)``, of which

@@ -69,19 +69,21 @@ def run(
     y: Array | None = None,
     W: Array | None = None,
     b: Array | None = None,
+    scores: Array | None = None,
 ) -> Array:
     """The value of a port's equation.
 
     Args:
         document: the kind.
         config: its config; defaults are filled in.
-        port: ``input``, ``output``, ``replace``, ``weight`` or ``bias``.
+        port: one of :data:`deltahub.kinds.document.PORTS`.
         host: the host.
         tensors: the kind's tensors by name.
         x: the module's input (embeddings: ids).
         y: the module's output.
         W: the host's canonical weight.
         b: the host's bias; one that it lacks counts as zeros.
+        scores: what the host adds to its attention scores.
 
     Raises:
         KindError: ``E_KIND_HOST`` if the port has no equation under this config on this host.
@@ -95,7 +97,7 @@ def run(
     names |= {"d_in": host.shape.d_in, "d_out": host.shape.d_out, "spatial": host.shape.spatial}
     if b is None and W is not None:
         b = np.zeros(W.shape[0], W.dtype)
-    given = {"x": x, "y": y, "W": W, "b": b}
+    given = {"x": x, "y": y, "W": W, "b": b, "scores": scores}
     names |= {name: given[name] for name in (*PORTS[port], "W", "b")}
     walk = _Walk(names, host)
     for name, node in program.steps:

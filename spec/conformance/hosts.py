@@ -183,7 +183,43 @@ def kinds() -> list[dict[str, Any]]:
                     "tensors": {n: tensor(a) for n, a in t.items()},
                     "valid": True, "expect": {"value": tensor(value)}, "tolerance": 1e-5,
                 })  # fmt: skip
-    return [*cases, *on_axes()]
+    return [*cases, *on_axes(), *prefixes()]
+
+
+def prefixes() -> list[dict[str, Any]]:
+    """Keys and values before those of an attention, plain and by their small network; the bias of positions."""
+    host = {"family": "attention", "in": 6, "out": 4, "bias": False}
+    plain = {"key": numbers(2, 4, seed=90), "value": numbers(2, 4, seed=91)}
+    small = {
+        "embedding": numbers(2, 3, seed=92), "down": numbers(3, 3, seed=93), "down_bias": numbers(3, seed=94),
+        "key_up": numbers(4, 3, seed=95), "key_bias": numbers(4, seed=96),
+        "value_up": numbers(4, 3, seed=97), "value_bias": numbers(4, seed=98),
+    }  # fmt: skip
+    h = np.tanh(small["embedding"] @ small["down"].T + small["down_bias"])
+    both = [h @ small[f"{n}_up"].T + small[f"{n}_bias"] for n in ("key", "value")]
+    scores = numbers(1, 2, 3, 3, seed=99)
+    cases = []
+    for port, config, t, value in (
+        ("kv", {}, plain, np.stack([plain["key"], plain["value"]])),
+        ("past", {"relative_bias": "all"}, plain, np.stack([plain["key"], plain["value"]])),
+        ("kv", {"reparametrised": True, "hidden": 3}, small, np.stack(both)),
+        ("scores", {"relative_bias": "none"}, plain, np.zeros_like(scores)),
+    ):
+        given = {"scores": tensor(scores)} if port == "scores" else {}
+        cases.append({
+            "description": f"prefix, {', '.join(map(str, config.values())) or 'plain'}: {port}",
+            "clause": ["DH-5.8-1", "DH-5.4-3", "DH-5.4-4"], "kind": "prefix", "version": 1, "config": {"length": 2, **config},
+            "host": host, "port": port, **given, "tensors": {n: tensor(a) for n, a in t.items()},
+            "valid": True, "expect": {"value": tensor(value)}, "tolerance": 1e-5,
+        })  # fmt: skip
+    refused = [
+        {
+            "description": f"prefix does not fit: {name}", "clause": "DH-5.5-1", "op": "kind", "kind": "prefix", "version": 1,
+            "config": {"length": 2}, "host": HOSTS[name], "valid": False, "error_code": "E_KIND_HOST",
+        }
+        for name in ("linear", "block")
+    ]  # fmt: skip
+    return [*cases, *refused]
 
 
 def on_axes() -> list[dict[str, Any]]:
