@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from deltahub.errors import ConverterError
 from deltahub.tensors import DTYPES, TensorInfo
+from deltahub.tensors.leftovers import held, sweep
 
 if TYPE_CHECKING:
     import torch
@@ -177,6 +178,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     import shutil
 
     target = Path(path)
+    sweep(target)
     if target.exists() and (not overwrite or not target.is_dir()):
         raise ConverterError(
             "E_MERGE_OUTPUT",
@@ -187,14 +189,15 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     beside = target.with_name(f".{target.name[:64]}.{secrets.token_hex(6)}.part")
     try:
         beside.mkdir(parents=True)
-        yield beside
-        if target.exists():
-            old = target.with_name(f".{target.name[:64]}.{secrets.token_hex(6)}.old")
-            target.rename(old)
-            beside.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            beside.rename(target)
+        with held(beside):
+            yield beside
+            if target.exists():
+                old = target.with_name(f".{target.name[:64]}.{secrets.token_hex(6)}.old")
+                target.rename(old)
+                beside.rename(target)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                beside.rename(target)
     except OSError as error:
         raise ConverterError(
             "E_MERGE_OUTPUT", f"the folder cannot be written: {error}", where=target, hint="nothing was left behind"

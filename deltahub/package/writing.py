@@ -24,6 +24,7 @@ from deltahub.package.probe import Probe
 from deltahub.package.reading import Package
 from deltahub.tensors import FileDigest
 from deltahub.tensors import write as write_tensors
+from deltahub.tensors.leftovers import held, sweep
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,6 +67,7 @@ def write(
         TensorFileError: a value cannot be stored.
     """
     target = Path(os.path.abspath(path))  # noqa: PTH100  (a link at the end is to be seen, not followed)
+    sweep(target)
     card = _check_place(target, overwrite=overwrite)
     members = (
         manifest.model_dump(by_alias=True, exclude_unset=True) if isinstance(manifest, Manifest) else dict(manifest)
@@ -171,7 +173,8 @@ def _beside(target: Path) -> Iterator[Path]:
             parent.mkdir()
             made.append(parent)
         folder.mkdir()
-        yield folder
+        with held(folder):
+            yield folder
     except DeltaHubError as error:
         if error.where is not None:
             error.where = str(error.where).replace(str(folder), str(target))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from deltahub.errors import TensorFileError
+from deltahub.tensors.leftovers import held, sweep
 from deltahub.progress import heard, step
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[FileIO]:
     """
     target = Path(path)
     beside = target.with_name(f".{target.name[:64]}.{secrets.token_hex(8)}.part")
-    with FileIO(beside, "x") as file:
+    sweep(target)
+    with FileIO(beside, "x") as file, held(beside):
         try:
             yield file
             os.fsync(file.fileno())
