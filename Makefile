@@ -3,6 +3,7 @@
 #   make test    everything that CI checks: format, lint, types, tests
 #   make quick   the tests that take seconds
 #   make hostile inputs made to harm: cases, passed, time
+#   make crash   kill -9 at 200 random moments of saving, pushing, pulling, merging
 #   make bench   measurements; they fail only when they cannot run
 # Another place for the environment: make test VENV=/path/to/venv
 
@@ -24,7 +25,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv demo test lint types quick hostile bench clean
+.PHONY: help venv demo test lint types quick hostile crash bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -58,6 +59,9 @@ quick: venv
 
 hostile: venv
 	$(PY) -m tests.hostile
+
+crash: venv
+	$(PY) -m tests.crash.driver 200
 
 bench: venv
 	$(PY) -m benchmarks
