@@ -37,7 +37,6 @@ LAYERS = (
     "backbones",
     "sign",
     "hub",
-    "inspecting",
     "composition",
     "roles",
     "saving",
