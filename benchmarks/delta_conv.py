@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import costs
 from benchmarks.harness import OUT, Report, Timing, measure
-from benchmarks.plot import loglog
 from deltahub import kinds, presets
 from deltahub.kinds.host_shape import HostShape
+from deltahub.recipes.plot import loglog
 
 __all__ = ["counted", "layer", "run"]
 

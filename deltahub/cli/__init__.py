@@ -12,7 +12,7 @@ __all__ = ["app", "main"]
 import os
 import sys
 
-from deltahub.cli import converting, demonstrating, doctoring, exporting, fetching, looking, publishing  # noqa: F401 - each adds its verbs
+from deltahub.cli import converting, demonstrating, doctoring, exporting, fetching, looking, publishing, training  # noqa: F401 - each adds its verbs
 from deltahub.cli.base import app
 
 

@@ -43,7 +43,7 @@ def loglog(
         _, v = at(xs[0], 10.0**power)
         draw.line([(_LEFT, v), (_LEFT + width, v)], fill="#dddddd")
         draw.text((_LEFT - 12, v), f"1e{power}", fill="black", font=font, anchor="rm")
-    for value in sorted(set(xs)):
+    for value in _marks(xs):
         u, _ = at(value, 10.0 ** low[1])
         draw.line([(u, _TOP), (u, _TOP + height)], fill="#eeeeee")
         draw.text((u, _TOP + height + 10), f"{value:g}", fill="black", font=font, anchor="ma")
@@ -65,3 +65,12 @@ def _curves(draw: Any, curves: Mapping[str, Sequence[tuple[float, float]]], at: 
         for u, v in places:
             draw.ellipse([u - 4, v - 4, u + 4, v + 4], fill=colour)
         draw.text((_LEFT + 20, _TOP + 18 + 22 * i), name, fill=colour, font=font, anchor="lm")
+
+
+def _marks(xs: Sequence[float]) -> list[float]:
+    """Places for labels: the values themselves where they are few, else powers of ten."""
+    values = sorted(set(xs))
+    if len(values) <= 12:
+        return values
+    low, high = math.ceil(math.log10(values[0])), math.floor(math.log10(values[-1]))
+    return [10.0**power for power in range(low, high + 1)]
