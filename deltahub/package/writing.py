@@ -19,6 +19,7 @@ from deltahub.limits import DEFAULT, Limits
 from deltahub.manifest import FILE_NAME, SPEC_VERSION, Manifest
 from deltahub.manifest.fields import problems_of
 from deltahub.manifest.strict_json import fail
+from deltahub.package.folder import read_manifest
 from deltahub.package.probe import FILE_NAME as PROBE_NAME
 from deltahub.package.probe import Probe
 from deltahub.package.reading import Package
@@ -110,7 +111,7 @@ def _check_place(target: Path, *, overwrite: bool) -> bytes | None:
                 "E_PACKAGE_EXISTS", "the folder is not empty", where=target, hint="overwrite=True replaces a package"
             )
         try:
-            old = Manifest.parse((target / FILE_NAME).read_bytes())
+            old = Manifest.parse(read_manifest(target, root=None, limits=DEFAULT))
             strangers = sorted(held - _OURS - {entry.path for entry in old.files})
         except (DeltaHubError, OSError):
             strangers = sorted(held)
