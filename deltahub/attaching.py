@@ -6,12 +6,11 @@ Attaching is all or nothing; a model is as it was when anything is refused.
 from __future__ import annotations
 
 import difflib
-import functools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +87,7 @@ def attach(
     """
     found = _kind(kind)
     name = found.name.rpartition(".")[2] if name is None else name
-    paths = choose(model, _default_targets(found) if targets is None else targets, exclude)
+    paths = _by_default(model, found, exclude) if targets is None else choose(model, targets, exclude)
     part = Part(name=name, kind=found, config=found.check_config(config), paths=paths, dropout=dropout)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return attach_parts(model, name, [part], frozen=frozen, dtype=dtype, generator=generator)
@@ -103,22 +102,28 @@ def _kind(kind: str | Mapping[str, object] | os.PathLike[str]) -> Kind:
     return Kind(Document.from_toml(Path(kind).read_text(encoding="utf-8"), where=str(kind)))
 
 
-def _default_targets(kind: Kind) -> Sequence[str]:
-    targets = kind.document.targets
-    if not targets:
+def _by_default(model: nn.Module, kind: Kind, exclude: str | Sequence[str]) -> list[str]:
+    """Where a kind's document puts it: all of its own targets that this architecture has."""
+    found: set[str] = set()
+    for target in kind.document.targets:
+        try:
+            found |= set(choose(model, target, exclude))
+        except TargetError as error:
+            if error.code == "E_TARGET_ARCHITECTURE":
+                raise
+    if not found:
         raise TargetError(
             "E_TARGET_NOTHING",
-            f"kind {kind.name!r} names no targets of its own",
+            f"kind {kind.name!r} has no targets of its own that this model has",
+            expected=", ".join(kind.document.targets) or None,
             hint="give targets=, such as 'query' or 'role:attention.query'",
         )
-    return targets
+    return [path for path, _ in model.named_modules() if path in found]
 
 
 def choose(model: nn.Module, targets: str | Sequence[str] | Choice, exclude: str | Sequence[str]) -> list[str]:
     """The paths of the modules that an author means, in the model's order."""
     modules = {n: m for n, m in model.named_modules() if n and SITE_PREFIX not in n}
-    bases: dict[str, Any] = {p: slot.base if (slot := slot_of(m)) else type(m) for p, m in modules.items()}
-    names = {path: _lineage(base) for path, base in bases.items()}
     wanted = [targets] if isinstance(targets, str) or callable(targets) else list(targets)
     found: set[str] = set()
     for target in wanted:
@@ -127,17 +132,12 @@ def choose(model: nn.Module, targets: str | Sequence[str] | Choice, exclude: str
         elif target.startswith(ROLE_PREFIX):
             found |= set(paths_of(model, target.removeprefix(ROLE_PREFIX), modules))
         else:
-            found |= set(select(names, target))
+            found |= set(select(modules, target))
     if exclude:
-        found -= set(select(names, "**")) - set(select(names, "**", exclude))
+        found -= set(select(modules, "**")) - set(select(modules, "**", exclude))
     if not found:
         raise TargetError("E_TARGET_NOTHING", "no module is left to attach to", hint="see model.named_modules()")
     return [path for path in modules if path in found]
-
-
-@functools.cache
-def _lineage(cls: Any) -> tuple[str, ...]:
-    return tuple(c.__name__ for c in cls.__mro__)
 
 
 def attach_parts(
