@@ -41,6 +41,7 @@ LAYERS = (
     "roles",
     "saving",
     "delta",
+    "training",
     "attaching",
     "effects",
     "presets",
