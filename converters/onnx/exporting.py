@@ -195,7 +195,7 @@ def checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     if not isinstance(found, torch.dtype) or found not in TOLERANCE:
         raise ConverterError("E_ONNX_DTYPE", "graphs cannot be made and proved in this dtype", found=dtype,
                              expected=", ".join(str(one).removeprefix("torch.") for one in TOLERANCE),
-                             hint="int8 is made from a float32 export: see quantise")  # fmt: skip
+                             hint="int8 and int4 are made from a float32 export: see convert_precision")  # fmt: skip
     return found
 
 
@@ -334,8 +334,10 @@ def write_report(
         "graphs": [
             {
                 "file": one.file,
-                "inputs": [{"name": i.name, "dims": list(i.dims)} for i in one.inputs],
-                "outputs": [{"name": o.name, "dims": list(o.dims)} for o in one.outputs],
+                "inputs": [asdict(i) for i in one.inputs],
+                "outputs": [asdict(o) for o in one.outputs],
+                "sizes": [dict(sizes) for sizes in one.sizes],
+                "left": one.left,
             }
             for one in graphs
         ],

@@ -19,7 +19,7 @@ from deltahub.errors import ConverterError
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Session"]
+__all__ = ["Session", "check_files"]
 
 _TYPES: Mapping[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16), "tensor(int64)": np.dtype(np.int64),
@@ -64,7 +64,7 @@ class Session:
         self.folder = Path(folder)
         self.report = read_report(self.folder)
         self.file = file or _main(self.report, self.folder)
-        _check(self.folder, self.file, self.report, verify=verify)
+        check_files(self.folder, self.file, self.report, verify=verify)
         self.choice: Choice = choose(provider, strict=strict)
         chain: list[Any] = list(self.choice.chain)
         if options:
@@ -270,7 +270,7 @@ def _main(report: Mapping[str, Any], folder: Path) -> str:
                          expected=", ".join(files))  # fmt: skip
 
 
-def _check(folder: Path, file: str, report: Mapping[str, Any], *, verify: bool) -> None:
+def check_files(folder: Path, file: str, report: Mapping[str, Any], *, verify: bool) -> None:
     """Everything that can be known of the files, before ONNX Runtime opens one of them."""
     listed = report["files"]
     if "/" in file or "\\" in file or file not in listed:
