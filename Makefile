@@ -4,6 +4,7 @@
 #   make quick   the tests that take seconds
 #   make hostile inputs made to harm: cases, passed, time
 #   make crash   kill -9 at 200 random moments of saving, pushing, pulling, merging
+#   make docs    the documentation, into build/site; a warning is an error
 #   make bench   measurements; they fail only when they cannot run
 # Another place for the environment: make test VENV=/path/to/venv
 
@@ -25,7 +26,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv demo test lint types quick hostile crash bench clean
+.PHONY: help venv demo test lint types quick hostile crash docs bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -62,6 +63,10 @@ hostile: venv
 
 crash: venv
 	$(PY) -m tests.crash.driver 200
+
+docs: venv
+	$(PIP) install --constraint constraints.txt mkdocs-material
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 bench: venv
 	$(PY) -m benchmarks

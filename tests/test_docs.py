@@ -1,0 +1,94 @@
+"""The documentation: every block of code runs, pages are drawn from the data, and the site builds without a warning."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from deltahub import kinds
+from deltahub.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the pages promise: a folder with a small backbone and a delta for it."""
+    import torch
+
+    import deltahub
+    from tests.models import bert_classifier
+
+    bert_classifier().save_pretrained(tmp_path / "backbone")
+    model = type(bert_classifier()).from_pretrained(tmp_path / "backbone")
+    delta = deltahub.attach(model, "lora", ["query", "value"], rank=2)
+    for parameter in delta.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    delta.save(tmp_path / "delta")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_code_runs(path: Path, workplace: Path) -> None:
+    names: dict[str, Any] = {}
+    for language, text in BLOCK.findall(path.read_text(encoding="utf-8")):
+        if language == "python":
+            exec(compile(text, str(path), "exec"), names)
+        elif language == "sh":
+            for line in text.splitlines():
+                program, *arguments = shlex.split(line)
+                assert program == "deltahub"
+                result = CliRunner().invoke(app, arguments)
+                assert result.exit_code == 0, f"{line}\n{result.output}"
+        else:
+            assert language == "text", language
+
+
+def drawn() -> Any:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("docs_pages", ROOT / "docs" / "pages.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pages_are_drawn_from_the_data() -> None:
+    pages = drawn()
+    table = pages.kinds_page()
+    for name in kinds.names():
+        assert f"[{name}]({name}.md)" in table
+        page = pages.kind_page(name)
+        assert "<math" in page
+        assert all(f"`{key}`" in page for key in kinds.get(name).document.source.get("config", {}))
+    errors = pages.error_page()
+    for path in (ROOT / "spec" / "errors").glob("*.toml"):
+        assert all(f"### `{code}`" in errors for code in tomllib.loads(path.read_text(encoding="utf-8")))
+    assert "(spec/" not in pages.spec_page()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (find_spec("mkdocs") and find_spec("material")), reason="needs mkdocs-material on this machine")
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "WARNING -" not in done.stderr
+    html = (tmp_path / "site" / "kinds" / "lora" / "index.html").read_text(encoding="utf-8")
+    assert "<math" in html
+    assert (tmp_path / "site" / "tutorials" / "explore" / "index.html").is_file()
