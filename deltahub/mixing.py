@@ -20,7 +20,7 @@ from deltahub.attending import Extra
 from deltahub.errors import InjectionError
 from deltahub.kinds.torch_ops import SETTLED
 
-__all__ = ["MixedPlan", "check_mixable", "is_mixed", "mixed_key", "rows_of"]
+__all__ = ["Layout", "LowRank", "MixedPlan", "check_mixable", "is_mixed", "low_rank", "mixed_key", "rows_of"]
 
 _MARK = "\0"
 
@@ -38,6 +38,7 @@ def mixed_key(rows: Sequence[Sequence[str]]) -> str:
 
 
 def is_mixed(key: str) -> bool:
+    """Whether a switch's key stands for rows that carry different deltas."""
     return key.startswith(_MARK)
 
 
