@@ -169,7 +169,7 @@ class _ConvView(View):
             bias=module.bias is not None,
             spatial=len(kernel),
             channels_first=True,
-            grouped=module.groups != 1,
+            grouped=bool(module.groups != 1),
         )
 
     def apply(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
