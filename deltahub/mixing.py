@@ -20,7 +20,17 @@ from deltahub.attending import Extra
 from deltahub.errors import InjectionError
 from deltahub.kinds.torch_ops import SETTLED
 
-__all__ = ["Layout", "LowRank", "MixedPlan", "check_mixable", "is_mixed", "low_rank", "mixed_key", "rows_of"]
+__all__ = [
+    "Layout",
+    "LowRank",
+    "MixedPlan",
+    "check_mixable",
+    "is_mixed",
+    "looks_along",
+    "low_rank",
+    "mixed_key",
+    "rows_of",
+]
 
 _MARK = "\0"
 
@@ -176,6 +186,24 @@ def low_rank(port: Any) -> LowRank | None:
     return LowRank(down=tensors[source[1]], up=tensors[outer.args[1]], factor=factor)
 
 
+def looks_along(graph: Any) -> bool:
+    """Whether an equation does something along axis -2 of what comes out of its host's activations."""
+    nodes = list(graph.nodes)
+    tainted = {n for n in nodes if n.op == "placeholder" and n.name in {"x", "y"}}
+    found = False
+
+    def visit(value: Any) -> Any:
+        nonlocal found
+        found = found or (isinstance(value, int) and value == -2)
+        return value
+
+    for node in nodes:
+        if node.op == "call_function" and not tainted.isdisjoint(node.all_input_nodes):
+            tainted.add(node)
+            torch.fx.node.map_aggregate((node.args, node.kwargs), visit)
+    return found
+
+
 class _Together:
     """A block for some rows of a batch: always run over the whole batch, for its other arguments belong to it."""
 
@@ -296,7 +324,8 @@ class MixedPlan:
     """
 
     __slots__ = (
-        "_layouts", "_looked", "attended", "members", "path", "plans", "products", "rescored", "rows", "slot", "staged",
+        "_layouts", "_looked", "attended", "members", "path", "plans", "positional", "products", "rescored", "rows",
+        "slot", "staged",
     )  # fmt: skip
 
     def __init__(self, slot: Any, plans: Sequence[_Plan | None]) -> None:
@@ -311,6 +340,8 @@ class MixedPlan:
         self.staged = all(plan is None or plan.staged for plan in self.plans)
         self.attended = any(plan is not None and plan.attended for plan in self.plans)
         self.rescored = any(plan is not None and plan.rescored for plan in self.plans)
+        acting = [site for plan in self.plans if plan is not None for site in plan.wrapped]
+        self.positional = any(site.bound.positional for site in acting)
         self.products: _Products | None = None
         self._looked = False
         self._layouts: dict[int, Layout] = {}
@@ -344,6 +375,12 @@ class MixedPlan:
         """
         if not isinstance(x, Tensor) or not x.ndim:
             raise _refuse("a module whose input is no tensor cannot be mixed", where=self.path, found=type(x).__name__)
+        if self.positional and x.ndim < 3:
+            raise _refuse(
+                "a kind looks along the positions of its input, and here are none besides the rows of the batch",
+                where=self.path,
+                hint="run the rows of each delta as a batch of their own",
+            )
         if x.shape[0] == 1 and self.rows > 1 and not together:
             x = x.expand(self.rows, *x.shape[1:])  # what all rows share, such as positions
         layout = self.layout(x.shape[0])

@@ -17,7 +17,7 @@ from deltahub.attending import Extra, joined
 from deltahub.errors import HostError
 from deltahub.hosts import View, view_of
 from deltahub.merging import Change, Merging, at_once, blend, stored_transposed
-from deltahub.mixing import MixedPlan, is_mixed, rows_of
+from deltahub.mixing import MixedPlan, is_mixed, looks_along, rows_of
 from deltahub.switching import Switch
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Bound:
         "live",
         "mergeable",
         "ports",
+        "positional",
         "reads_weight",
         "severs",
         "shape",
@@ -67,6 +68,9 @@ class Bound:
         asked = {name for port in self.ports.values() for name in port.uses}
         self.context = frozenset(asked & set(kind.document.context))
         """What the equations ask of the surroundings."""
+
+        self.positional = any(looks_along(self.ports[p].graph) for p in _LIVE if p in self.ports)
+        """Whether it looks along the axis before the last, which is the batch where there is none of positions."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return (Bound, (self.kind, self.config, self.shape))
