@@ -333,7 +333,9 @@ def numeric_vectors() -> dict[Path, str]:
         ),
         **write("packages/packages.json", "package", "packages, sound and hostile", packages.packages()),
         **write("kinds/builtin.json", "apply", "the built-in kinds on every family of hosts", hosts.kinds()),
-        **write("kinds/methods.json", "apply", "the methods of the literature, each on a host or two", methods.methods()),
+        **write(
+            "kinds/methods.json", "apply", "the methods of the literature, each on a host or two", methods.methods()
+        ),
         **write("kinds/attention.json", "apply", "what takes the place of attention", attention.attentions()),
         **write(
             "composition/forward.json", "forward", "deltas on one host, live and merged", composition.compositions()
