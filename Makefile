@@ -5,6 +5,7 @@
 #   make hostile inputs made to harm: cases, passed, time
 #   make crash   kill -9 at 200 random moments of saving, pushing, pulling, merging
 #   make docs    the documentation, into build/site; a warning is an error
+#   make fuzz    coverage-guided fuzzing of every parser, SECONDS=300 each (installs atheris)
 #   make bench   measurements; they fail only when they cannot run
 # Another place for the environment: make test VENV=/path/to/venv
 
@@ -26,7 +27,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv demo test lint types quick hostile crash docs bench clean
+.PHONY: help venv demo test lint types quick hostile crash fuzz docs bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -63,6 +64,11 @@ hostile: venv
 
 crash: venv
 	$(PY) -m tests.crash.driver 200
+
+SECONDS ?= 300
+fuzz: venv
+	$(PIP) install atheris
+	$(PY) -m fuzz $(SECONDS)
 
 docs: venv
 	$(PIP) install --constraint constraints.txt mkdocs-material
