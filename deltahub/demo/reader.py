@@ -1,4 +1,4 @@
-"""The reader: an empty cache and a name. Loads, compares, merges, and meets the wrong backbone."""
+"""The reader: an empty cache and a name. Loads, compares, merges, meets the wrong backbone, exports."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 
 import deltahub
 from deltahub.demo.corpus import Corpus
+from deltahub.demo.exporting import export
 from deltahub.demo.stage import BACKBONE, DELTA, LINEAR_DELTA
 from deltahub.demo.steps import CheckFailed, Steps, folder_bytes
 from deltahub.demo.training import FEW, Texts, encode, predict
@@ -35,6 +36,7 @@ def main(arguments: list[str]) -> int:
         _verify(steps)
         _merge(steps, test, shared)
         _wrong_backbone(steps, weights)
+        export(steps, model, test)
     except CheckFailed:
         return 1
     (shared / "reader.steps").write_text(str(steps.number))
