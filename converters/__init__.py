@@ -3,6 +3,7 @@
     merge("user/delta", "merged/")                       a checkpoint with the delta in its weights
     import_("adapter/", "package/", backbone="base/")    a package out of a foreign checkpoint
     export_("package/", "adapter/", to="peft")           and back
+    export_onnx("user/delta", "onnx/")                   graphs for ONNX Runtime, compared with PyTorch
     diff("base/", "tuned/", "package/")                  a package out of two checkpoints; pack and unpack make it small
 
 A foreign format is a module with ``sniff``, ``import_`` and perhaps ``export_``, found through the entry points
@@ -10,6 +11,8 @@ A foreign format is a module with ``sniff``, ``import_`` and perhaps ``export_``
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 if __name__ != "deltahub.converters":
     raise ImportError("import deltahub.converters, not converters")
@@ -19,6 +22,9 @@ from deltahub.converters.formats import Converter, convert, export_, formats, im
 from deltahub.converters.merge import MergeReport, merge
 from deltahub.converters.packing import PackReport, pack, unpack
 
+if TYPE_CHECKING:
+    from deltahub.converters.onnx import export_onnx
+
 __all__ = [
     "Converter",
     "DiffReport",
@@ -27,6 +33,7 @@ __all__ = [
     "convert",
     "diff",
     "export_",
+    "export_onnx",
     "formats",
     "import_",
     "merge",
@@ -34,3 +41,11 @@ __all__ = [
     "sniff",
     "unpack",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "export_onnx":  # the only one that needs torch when it is imported
+        from deltahub.converters.onnx import export_onnx
+
+        return export_onnx
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
