@@ -9,7 +9,7 @@ import sys
 import tempfile
 import warnings
 
-NAMES = ("attach", "load", "forward", "mixed", "merge", "delta_conv")
+NAMES = ("attach", "load", "forward", "mixed", "merge", "delta_conv", "onnx")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -65,6 +65,23 @@ def _vae() -> nn.Module:
     )  # fmt: skip
 
 
+def _sentence() -> nn.Module:
+    import tempfile
+    from pathlib import Path
+
+    import transformers
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    with tempfile.TemporaryDirectory() as place:
+        transformers.BertModel(transformers.BertConfig(**_SMALL)).save_pretrained(place)
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+        (Path(place) / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+        transformers.BertTokenizerFast(str(Path(place) / "vocab.txt")).save_pretrained(place)
+        return SentenceTransformer(modules=[Transformer(place), Pooling(32), Normalize()], device="cpu")
+
+
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "vocab_size": 99}
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99, "n_positions": 128, **_SPECIAL}
 _LLAMA = {**_SMALL, **_SPECIAL, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -88,6 +105,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "t5": _transformers("T5ForConditionalGeneration", "T5Config", **_T5),
     "vit": _transformers("ViTForImageClassification", "ViTConfig", **_VISION, num_labels=3),
     "clip": _clip,
+    "sentence": _sentence,
     "unet": _unet,
     "pixart": _pixart,
     "vae": _vae,
@@ -98,7 +116,8 @@ TARGETS: dict[str, Any] = {
     "bert-classifier": ["query", "value"], "bert": ["query", "value"], "roberta-tokens": ["query"],
     "distilbert-answers": ["q_lin"], "llama": ["q_proj", "down_proj"], "qwen2": ["v_proj"], "gpt2": ["c_attn"],
     "t5": ["q", "wo"], "vit": lambda path, module: isinstance(module, nn.Linear) and "layer" in path,
-    "clip": ["q_proj"], "unet": ["to_q", "conv1"], "pixart": ["to_q", "linear_1"], "vae": ["conv1"],
+    "clip": ["q_proj"], "sentence": ["query"],
+    "unet": ["to_q", "conv1"], "pixart": ["to_q", "linear_1"], "vae": ["conv1"],
 }  # fmt: skip
 
 
