@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from deltahub.errors import TensorFileError
-from deltahub.tensors.leftovers import held, sweep
 from deltahub.progress import heard, step
+from deltahub.tensors.leftovers import held, sweep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
