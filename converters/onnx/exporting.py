@@ -285,8 +285,9 @@ def undo(done: Sequence[Any], *, forever: bool) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules() if module.training}
+    training = [module for module in model.modules() if module.training]
     model.eval()
+    del model  # a model that is ours is let go of inside the block
     try:
         yield
     finally:

@@ -102,7 +102,30 @@ def test_kinds_that_cannot_merge_are_exported_live(tmp_path: Path) -> None:
     assert done.difference <= 1e-4
 
 
-def test_a_package_with_its_probe(tmp_path: Path) -> None:
+def _watch_release(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the loaded model still lives when the comparison begins."""
+    import weakref
+
+    from deltahub.converters.onnx import exporting
+
+    models: list[Any] = []
+    alive: list[bool] = []
+    describe, prove = exporting.describe, exporting.prove
+
+    def described(model: nn.Module) -> Any:
+        models.append(weakref.ref(next(model.parameters())))
+        return describe(model)
+
+    def proved(*args: Any, **kwargs: Any) -> Any:
+        alive.append(models[0]() is not None)
+        return prove(*args, **kwargs)
+
+    monkeypatch.setattr(exporting, "describe", described)
+    monkeypatch.setattr(exporting, "prove", proved)
+    return alive
+
+
+def test_a_package_with_its_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("bert-classifier")
     model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
     model = type(model).from_pretrained(tmp_path / "base").eval()  # type: ignore[attr-defined]
@@ -110,7 +133,9 @@ def test_a_package_with_its_probe(tmp_path: Path) -> None:
     attached(model, "assign", ["classifier"], name="head")
     ids = torch.randint(1, 99, (3, 11))
     deltahub.save(model, tmp_path / "package", probe={"input_ids": ids})
+    alive = _watch_release(monkeypatch)
     done = export_onnx(tmp_path / "package", tmp_path / "out", backbone=str(tmp_path / "base"))
+    assert alive == [False], "PyTorch's weights are gone before ONNX Runtime maps its own"
     names = {(one.case, one.output) for one in done.parity}
     assert ("probe", "logits as published") in names
     assert done.difference <= 1e-4
