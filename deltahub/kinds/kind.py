@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, fx
 
     from deltahub.kinds.compile import Built
+    from deltahub.kinds.initial import Draws
 
 __all__ = ["Kind", "Port"]
 
@@ -167,7 +168,7 @@ class Kind:
     def init(
         self,
         spec: TensorSpec,
-        generator: torch.Generator,
+        generator: torch.Generator | Draws,
         *,
         W: Tensor | None = None,
         b: Tensor | None = None,
@@ -178,7 +179,7 @@ class Kind:
 
         Args:
             spec: the tensor, from :meth:`tensors`.
-            generator: where random numbers come from.
+            generator: where random numbers come from; a :class:`~deltahub.kinds.initial.Draws` for many tensors.
             W: the host's canonical weight, for initialisers that start from it.
             b: the host's bias.
             dtype: floating type of tensors whose document leaves it open; float32 by default.

@@ -7,7 +7,17 @@ suffixes, globs, types and functions (:func:`select`) because what these select 
 
 from __future__ import annotations
 
-__all__ = ["Selector", "abbreviate", "check_path", "expand", "expand_all", "select"]
+__all__ = [
+    "SITE_PREFIX",
+    "Selector",
+    "abbreviate",
+    "backbone_modules",
+    "check_path",
+    "expand",
+    "expand_all",
+    "select",
+]
 
 from deltahub.targets.authoring import Selector, abbreviate, select
 from deltahub.targets.patterns import check_path, expand, expand_all
+from deltahub.targets.walking import SITE_PREFIX, backbone_modules
