@@ -2,6 +2,7 @@
 #   make demo    a delta's whole life on a real model, offline after installation
 #   make test    everything that CI checks: format, lint, types, tests
 #   make quick   the tests that take seconds
+#   make conformance the vectors of the specification, for this library and for the second loader
 #   make hostile inputs made to harm: cases, passed, time
 #   make crash   kill -9 at 200 random moments of saving, pushing, pulling, merging
 #   make docs    the documentation, into build/site; a warning is an error
@@ -27,7 +28,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv demo test lint types quick hostile crash fuzz docs bench clean
+.PHONY: help venv demo test lint types quick conformance hostile crash fuzz docs bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -61,6 +62,12 @@ quick: venv
 
 hostile: venv
 	$(PY) -m tests.hostile
+
+conformance: venv
+	$(PY) spec/conformance/runner.py --stream --quiet -- $(PY) -m deltahub.conformance --stream
+	@if command -v npm >/dev/null; then npm ci --prefix spec/conformance/second --no-audit --no-fund --silent && \
+	$(PY) spec/conformance/runner.py --stream --quiet -- node spec/conformance/second/loader.mjs --stream; \
+	else echo 'the second loader was left out: it needs node 20'; fi
 
 crash: venv
 	$(PY) -m tests.crash.driver 200
