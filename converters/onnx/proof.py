@@ -137,10 +137,12 @@ def prove(
     done: list[Parity] = []
     for graph in dict.fromkeys(case.graph.file for case in found):
         session = open_session(folder / graph, bounded=True)
+        known = {one.name for one in (*session.get_inputs(), *session.get_overridable_initializers())}
+        further = {name: value for name, value in (feeds or {}).items() if name in known}
         for case in found:
             if case.graph.file == graph:
                 given = {name: value.numpy() for name, value in case.inputs.items()}
-                done += compare(case, _run(session, {**given, **(feeds or {})}, case), tolerance)
+                done += compare(case, _run(session, {**given, **further}, case), tolerance)
     return done
 
 

@@ -74,12 +74,13 @@ class Session:
         if running != PROVIDERS[self.choice.provider]:
             raise ConverterError("E_ONNX_PROVIDER", "the graph does not run where it should",
                                  expected=self.choice.provider, found=running)  # fmt: skip
-        self._slots: dict[str, Slot] = slots_in(self.report, self.folder)
+        self._slots: dict[str, Slot] = {k: v for k, v in slots_in(self.report, self.folder).items() if v.used}
         self.inputs = {
             one.name: (one.type, tuple(one.shape)) for one in self._session.get_inputs() if one.name not in self._slots
         }
         self.outputs = tuple(one.name for one in self._session.get_outputs())
         self._defaults = {one.name for one in self._session.get_overridable_initializers()}
+        self._known = self._defaults | {one.name for one in self._session.get_inputs()}
         self._loaded: dict[str, dict[str, NDArray[Any]]] = {}
         self._active: dict[str, Any] = {}
         self._names: tuple[str, ...] = ()
@@ -205,7 +206,7 @@ class Session:
             raise ConverterError("E_ONNX_INPUT", "the graph has no such output", expected=", ".join(self.outputs),
                                  found=", ".join(sorted(unknown)))  # fmt: skip
         try:
-            found = self._session.run(names, {**feeds, **self._active})
+            found = self._session.run(names, {**feeds, **self.feeds_of_deltas})
         except Exception as error:
             raise ConverterError("E_ONNX_RUNTIME", f"ONNX Runtime cannot run this: {error}", where=self.file) from error
         return dict(zip(names, found, strict=True))
@@ -242,8 +243,8 @@ class Session:
 
     @property
     def feeds_of_deltas(self) -> Mapping[str, Any]:
-        """What the active deltas add to the inputs of a run."""
-        return self._active
+        """What the active deltas add to the inputs of a run of this graph."""
+        return {name: value for name, value in self._active.items() if name in self._known}
 
 
 def _check_shape(name: str, array: NDArray[Any], dims: Sequence[Any], axes: dict[str, tuple[int, str]]) -> None:

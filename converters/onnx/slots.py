@@ -7,20 +7,22 @@ that multiplies is folded into the tensors when a delta is put in, so that one g
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from deltahub.converters.onnx.graphs import Graph, Input
 from deltahub.errors import ConverterError
 
 if TYPE_CHECKING:
     from deltahub.sites import Site
 
-__all__ = ["RULES", "Rule", "Slot", "filled", "neutral", "slot_name"]
+__all__ = ["RULES", "Rule", "Slot", "filled", "neutral", "slot_name", "with_slots"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,11 +47,11 @@ class Rule:
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
         "lora": Rule(
-            config={"rank": 1, "scale": 1.0}, open="rank", scaled=("up", "bias"), fixed={"biased": False},
+            config={"rank": 3, "scale": 1.0}, open="rank", scaled=("up", "bias"), fixed={"biased": False},
             joined={"down": 0, "up": 1},
         ),
         "adapter": Rule(
-            config={"bottleneck": 1, "scale": 1.0}, open="bottleneck", scaled=("up", "up_bias"),
+            config={"bottleneck": 3, "scale": 1.0}, open="bottleneck", scaled=("up", "up_bias"),
             fixed={"residual": True, "layer_norm": False}, joined={"down": 0, "down_bias": 0, "up": 1},
         ),
         "bias": Rule(config={"scale": 1.0}, scaled=("value",)),
@@ -68,6 +70,8 @@ class Slot:
         path: the host.
         tensor: the kind's tensor.
         shape: its shape; ``None`` where it is open.
+        least: the size of open axes without a delta: 0, or 1 where a convolution must have a channel.
+        used: whether a graph has it; one of several models of a host, such as a VAE's encoder, may be in none.
     """
 
     name: str
@@ -76,15 +80,17 @@ class Slot:
     path: str
     tensor: str
     shape: tuple[int | None, ...]
+    least: int = 0
+    used: bool = True
 
 
 def slot_name(kind: str, path: str, tensor: str) -> str:
     return f"{kind}/{path}/{tensor}"
 
 
-def neutral(slot: Slot, *, empty: bool) -> Tensor:
-    """The value with which a slot does nothing: open axes are 0, or 1 where a convolution must have a channel."""
-    return torch.zeros([(0 if empty else 1) if n is None else n for n in slot.shape])
+def neutral(slot: Slot) -> Tensor:
+    """The value with which a slot does nothing."""
+    return torch.zeros([slot.least if n is None else n for n in slot.shape])
 
 
 def slots_of(site: Site) -> list[Slot]:
@@ -95,7 +101,7 @@ def slots_of(site: Site) -> list[Slot]:
     """
     kind = site.bound.kind
     rule = rule_of(kind.name)
-    wider = {**site.bound.config, rule.open: 2} if rule.open else dict(site.bound.config)
+    wider = {**site.bound.config, rule.open: 5} if rule.open else dict(site.bound.config)
     narrow = kind.tensors(site.bound.config, site.bound.shape)
     wide = kind.tensors(wider, site.bound.shape)
     scale = kind.document.strength or "scale"
@@ -108,9 +114,45 @@ def slots_of(site: Site) -> list[Slot]:
             path=site.path,
             tensor=name,
             shape=tuple(a if a == b else None for a, b in zip(spec.shape, wide[name].shape, strict=True)),
+            least=int(site.bound.shape.family == "conv"),
         )
         for name, spec in narrow.items()
     ]
+
+
+def with_slots(graph: Graph, sites: Sequence[Site], slots: Mapping[str, Slot]) -> Graph:
+    """A graph that also takes the tensors of sites, at any size where they are open."""
+    places = {
+        slot_name(site.bound.kind.name, site.path, name): (site, name) for site in sites for name in site.names
+    }  # fmt: skip
+    inputs, sizes = [], {}
+    for name, (site, tensor) in places.items():
+        shape = dict(zip(site.names, site.tensors(), strict=True))[tensor].shape
+        dims = [size if want is None else want for size, want in zip(shape, slots[name].shape, strict=True)]
+        axes = [f"{name}.{i}" if want is None else want for i, want in enumerate(slots[name].shape)]
+        sizes.update({axis: size for axis, size in zip(axes, dims, strict=True) if isinstance(axis, str)})
+        inputs.append(Input(name=name, dims=tuple(axes)))
+
+    def call(model: nn.Module, given: dict[str, Tensor]) -> Sequence[Tensor]:
+        with _held({places[name]: given[name] for name in places}):
+            return graph.call(model, {name: value for name, value in given.items() if name not in places})
+
+    return replace(graph, call=call, inputs=(*graph.inputs, *inputs), sizes=({**graph.sizes[0], **sizes},))
+
+
+@contextmanager
+def _held(values: Mapping[tuple[Site, str], Tensor]) -> Iterator[None]:
+    """Sites compute with these tensors, whatever their shapes, while the block runs."""
+    before = []
+    for (site, name), value in values.items():
+        store: dict[str, Any] = site._parameters if name in site._parameters else site._buffers
+        before.append((store, name, store[name]))
+        store[name] = value
+    try:
+        yield
+    finally:
+        for store, name, value in before:
+            store[name] = value
 
 
 def rule_of(kind: str) -> Rule:
@@ -143,6 +185,8 @@ def filled(
             raise ConverterError("E_ONNX_SLOT", "the slot is for another config", where=slot.name,
                                  expected=dict(slot.config), found=wrong)  # fmt: skip
         _check_shape(slot, tuple(value.shape))
+        if not slot.used:
+            continue
         found[slot.name] = value.float() * factor if name in rule.scaled else value.float()
     return found
 

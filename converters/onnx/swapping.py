@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,11 @@ from deltahub.converters.onnx.exporting import (
 )
 from deltahub.converters.onnx.graphs import Graph
 from deltahub.converters.onnx.proof import TOLERANCE, Parity, cases, effect, prove
-from deltahub.converters.onnx.slots import RULES, Slot, filled, neutral, rule_of, slot_name, slots_of
+from deltahub.converters.onnx.slots import RULES, Slot, filled, neutral, rule_of, slots_of, with_slots
 from deltahub.converters.onnx.storing import write_data, write_model
 from deltahub.converters.onnx.tasks import graphs_of, task_of
-from deltahub.converters.onnx.tracing import Traced, Weight, structure, trace, values_of
+from deltahub.converters.onnx.tracing import Traced, structure, trace, values_of
 from deltahub.errors import ConverterError
-
-if TYPE_CHECKING:
-    from deltahub.sites import Site
 
 __all__ = ["DELTAS", "add_delta", "export_swappable"]
 
@@ -143,10 +140,13 @@ def _traced(
             sites = live_sites(model)
             slots = {slot.name: slot for site in sites for slot in slots_of(site)}
             key = structure(model, sites, f"{task} slots")
-            traces = [trace(model, one, opset=opset, dtype=torch.float32, key=key) for one in graphs]
-        return slots, [_opened_up(one, model, sites, slots) for one in traces]
+            open_graphs = [with_slots(one, sites, slots) for one in graphs]
+            traces = [trace(model, one, opset=opset, dtype=torch.float32, key=key) for one in open_graphs]
+        made = [_defaulted(one, slots) for one in traces]
     finally:
         delta.detach()
+    used = {name for one in made for name in one.inputs}
+    return {name: replace(slot, used=name in used) for name, slot in slots.items()}, made
 
 
 def _check_once(parts: Sequence[Any]) -> None:
@@ -159,54 +159,25 @@ def _check_once(parts: Sequence[Any]) -> None:
                                      expected=dict(other.config), found=dict(part.config))  # fmt: skip
 
 
-def _opened_up(traced: Traced, model: nn.Module, sites: Sequence[Site], slots: Mapping[str, Slot]) -> Traced:
-    """The sites' tensors as inputs that may be given, of any size where they are open."""
+def _defaulted(traced: Traced, slots: Mapping[str, Slot]) -> Traced:
+    """Slots that the graph uses become inputs that may be left out; the others are no inputs of it."""
     import onnx
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import numpy_helper
 
-    by_tensor = {}
-    names = {id(module): name for name, module in model.named_modules()}
-    for site in sites:
-        for name in site.names:
-            by_tensor[f"{names[id(site)]}.{name}"] = slots[slot_name(site.bound.kind.name, site.path, name)]
-    graph_model = onnx.load_model_from_string(traced.data)
-    graph = graph_model.graph
-    weights: dict[str, Weight] = {}
-    rename: dict[str, str] = {}
-    convolved = {name for node in graph.node if node.op_type == "Conv" for name in node.input[1:2]}
-    for tensor in list(graph.initializer):
-        weight = traced.weights.get(tensor.name)
-        slot = None if weight is None else by_tensor.get(weight.name)
-        if weight is None:
-            continue
+    model = onnx.load_model_from_string(traced.data)
+    graph = model.graph
+    read = {name for node in graph.node for name in node.input}
+    kept = []
+    for one in list(graph.input):
+        slot = slots.get(one.name)
         if slot is None:
-            weights[tensor.name] = weight
             continue
-        value = neutral(slot, empty=not _needs_one(slot, slots, traced, by_tensor, convolved))
-        inner = slot.name
-        array = value.numpy()
-        shape: list[Any] = [f"{slot.name}.{i}" if n is None else n for i, n in enumerate(slot.shape)]
-        graph.input.append(helper.make_tensor_value_info(inner, TensorProto.FLOAT, shape))
-        graph.initializer.remove(tensor)
-        graph.initializer.append(numpy_helper.from_array(array, inner))
-        rename[tensor.name] = inner
-        if weight.transposed:
-            turned = f"{slot.name}.T"
-            graph.node.insert(0, helper.make_node("Transpose", [inner], [turned], perm=[1, 0]))
-            rename[tensor.name] = turned
-    for node in graph.node:
-        for i, name in enumerate(node.input):
-            if name in rename:
-                node.input[i] = rename[name]
-    return Traced(data=graph_model.SerializeToString(), weights=weights, cached=traced.cached)
-
-
-def _needs_one(
-    slot: Slot, slots: Mapping[str, Slot], traced: Traced, by_tensor: Mapping[str, Slot], convolved: set[str]
-) -> bool:
-    """A convolution cannot have no channels: the slots of such a host are of size 1 and zero."""
-    hosts = {by_tensor[w.name].path for name, w in traced.weights.items() if name in convolved and w.name in by_tensor}
-    return slot.path in hosts
+        if one.name in read:
+            graph.initializer.append(numpy_helper.from_array(neutral(slot).numpy(), one.name))
+            kept.append(one.name)
+        else:
+            graph.input.remove(one)
+    return replace(traced, data=model.SerializeToString(), inputs=tuple(kept))
 
 
 def write_delta(folder: Path, slots: Mapping[str, Slot], delta: Any) -> dict[str, Tensor]:

@@ -50,11 +50,19 @@ class Weight:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Traced:
-    """A graph without its weights: the serialised model, and what each of its external initializers is."""
+    """A graph without its weights: the serialised model, and what each of its external initializers is.
+
+    Attributes:
+        data: the model.
+        weights: by the name of the initializer.
+        cached: whether it came from the cache.
+        inputs: slots that it has.
+    """
 
     data: bytes
     weights: Mapping[str, Weight]
     cached: bool = False
+    inputs: tuple[str, ...] = ()
 
 
 def values_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -59,8 +59,12 @@ def _attach(model: Any, name: str, kind: str) -> None:
             continue
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for p in delta.parameters():
-                p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+            for _, site in (pair for part in delta.parts for pair in part.sites):
+                for tensor in site.tensors():
+                    if tensor.is_floating_point() and isinstance(tensor, nn.Parameter):
+                        tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
+                    elif tensor.dtype in {torch.int8, torch.uint8}:  # equal ones leave a normalised input as it is
+                        tensor.copy_(torch.randint(0, 100, tensor.shape, generator=generator))
         return
     assert problem is not None
     raise problem

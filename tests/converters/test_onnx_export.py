@@ -20,7 +20,7 @@ from tests.converters.onnx_models import TARGETS, attached, make
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 
-QUICK = ["bert-classifier", "gpt2", "vit"]
+QUICK = ["bert-classifier", "vit"]
 SLOW = [name for name in TARGETS if name not in QUICK]
 
 
