@@ -130,13 +130,17 @@ def write_entries(
 
 
 def _check(entry: Entry, base: Base) -> None:
+    from deltahub.attending import shape_of
+
     host = base.arch.host(entry.path)
     kind = entry.resolved()
+    module = base.arch.model.get_submodule(entry.path)
     try:
         config = kind.check_config(entry.config)
-        kind.fits(host.shape, config)
+        shape = shape_of(module, type(module), kind.hosts, host.shape)
+        kind.fits(shape, config)
         shapes = {name: tuple(tensor.shape) for name, tensor in entry.tensors.items()}
-        wanted = kind.tensors(config, host.shape, known=shapes)
+        wanted = kind.tensors(config, shape, known=shapes)
     except DeltaHubError as error:
         raise ConverterError(
             "E_CONVERT_SITE",

@@ -35,6 +35,7 @@ def outputs(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
         ("lora_bert_cls", {"lora", "assign"}),
         ("adapter_t5", {"adapter"}),
         ("compacter_bert_cls", {"compacter"}),
+        ("prefix_reparam_t5", {"prefix"}),
     ],
 )
 def test_opendelta_gives_its_own_outputs(name: str, kinds: set[str], tmp_path: Path) -> None:
@@ -56,11 +57,6 @@ def refused(code: str, path: Path, tmp_path: Path, **options: Any) -> DeltaHubEr
     assert caught.value.code == code, caught.value
     assert not (tmp_path / "p").exists()
     return caught.value
-
-
-def test_opendelta_prefixes_are_refused(tmp_path: Path) -> None:
-    folder = FIXTURES / "opendelta" / "prefix_reparam_t5"
-    refused("E_CONVERT_KIND", folder / "checkpoint", tmp_path, backbone=folder / "backbone", allow_pickle=True)
 
 
 def test_a_pickle_has_to_be_allowed(tmp_path: Path) -> None:
