@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltahub.converters.checkpoint import Checkpoint
-from deltahub.converters.jobs import FLOATS, Computed
+from deltahub.converters.combining import Method
+from deltahub.converters.computing import FLOATS, Computed
 from deltahub.converters.shards import Layout, Source, layout, write_shard
 from deltahub.errors import ConverterError
 from deltahub.tensors import TensorInfo
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from deltahub.identity import IdentityReport
     from deltahub.package import Package
 
-__all__ = ["RECORD", "File", "Plan", "carry", "record"]
+__all__ = ["RECORD", "File", "Plan", "carry", "clear", "parent", "record"]
 
 RECORD = "merge.json"
 """What a merged checkpoint was made of."""
@@ -125,9 +126,13 @@ class Plan:
         stem = _stem(checkpoint)
         return cls(files=files, index=f"{stem}.safetensors.index.json" if len(files) > 1 else None, added=added)
 
-    def write(self, folder: Path, checkpoint: Checkpoint, progress: Callable[[str, int, int], None] | None) -> None:
-        """Write all files and the index into a folder."""
+    def write(self, folder: Path, checkpoint: Checkpoint, progress: Callable[[str, int, int], None] | None) -> int:
+        """Write all files and the index into a folder; gives how many files were there already, and whole."""
+        done = 0
         for number, file in enumerate(self.files):
+            if (folder / file.name).is_file() and (folder / file.name).stat().st_size == file.layout.size:
+                done += 1  # it has its name only since it is whole
+                continue
             if progress is not None:
                 progress(file.name, number, len(self.files))
             ranges = [(checkpoint.descriptor(one), begin, at, size) for one, begin, at, size in file.copied]
@@ -137,6 +142,19 @@ class Plan:
             total = sum(info.end - info.begin for file in self.files for info in file.layout.tensors.values())
             document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
             _write_json(folder / self.index, document)
+        return done
+
+
+def clear(folder: Path, keep: Iterable[str]) -> None:
+    """Remove what an earlier, interrupted run of the same work left, except for what it had finished."""
+    names = set(keep)
+    for path in folder.iterdir():
+        if path.name in names:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _stem(checkpoint: Checkpoint) -> str:
@@ -298,35 +316,42 @@ def _configured(
 
 
 def record(
-    folder: Path, packages: Sequence[Package], factors: Sequence[float], plan: Plan, identity: IdentityReport | None
+    folder: Path,
+    packages: Sequence[Package],
+    method: Method,
+    plan: Plan,
+    identity: IdentityReport | None,
+    live: Sequence[str],
 ) -> None:
     """Write down what the checkpoint was made of: digests and kinds, no local paths, no dates."""
-    import hashlib
-
     from deltahub import __version__
 
-    parents = []
-    for package, factor in zip(packages, factors, strict=True):
-        manifest = package.manifest
-        parents.append(
-            {
-                "manifest_sha256": hashlib.sha256(manifest.to_bytes()).hexdigest(),
-                "files": {file.path: file.sha256 for file in manifest.tensor_files},
-                "kinds": sorted({f"{module.kind}@{module.version}" for module in manifest.modules}),
-                "weight": factor,
-            }
-        )
+    parents = [parent(package, weight) for package, weight in zip(packages, method.weights, strict=True)]
     backbone = packages[0].manifest.backbone.model_dump(mode="json", by_alias=True, exclude_unset=True)
     document = {
         "made_by": f"deltahub {__version__}",
-        "method": "sum",
+        **method.document(),
         "backbone": {key: backbone[key] for key in ("source", "identity") if key in backbone},
         "checked": [level.name for level in identity.levels] if identity is not None else [],
         "deltas": parents,
         "changed": sum(len(file.computed) for file in plan.files),
         "added": sorted(plan.added),
+        **({"live": list(live)} if live else {}),
     }
     _write_json(folder / RECORD, document)
+
+
+def parent(package: Package, weight: float) -> dict[str, Any]:
+    """A package as a record names it."""
+    import hashlib
+
+    manifest = package.manifest
+    return {
+        "manifest_sha256": hashlib.sha256(manifest.to_bytes()).hexdigest(),
+        "files": {file.path: file.sha256 for file in manifest.tensor_files},
+        "kinds": sorted({f"{module.kind}@{module.version}" for module in manifest.modules}),
+        "weight": weight,
+    }
 
 
 def _write_json(path: Path, document: object) -> None:

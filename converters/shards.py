@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
+import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -132,10 +134,13 @@ def write_shard(
 ) -> None:
     """Write one file: copied ranges ``(descriptor, begin, at, size)``, and computed tensors in order of their place.
 
+    It has its name only once it is whole and on the disk.
+
     Raises:
         OSError: no space, no permission; the caller removes what was begun.
     """
-    target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    begun = path.with_name(f"{path.name}.begun")
+    target = os.open(begun, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         put(target, plan.header, 0)
         for descriptor, begin, at, size in copied:
@@ -146,6 +151,7 @@ def write_shard(
         os.fsync(target)
     finally:
         os.close(target)
+    begun.rename(path)
 
 
 def _compute(target: int, plan: Layout, computed: Mapping[str, Source]) -> None:
@@ -168,17 +174,21 @@ def _compute(target: int, plan: Layout, computed: Mapping[str, Source]) -> None:
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False, resume: str | None = None) -> Iterator[Path]:
     """A folder that appears whole or not at all: written beside its place and renamed when the block ends well.
+
+    Args:
+        path: its place.
+        overwrite: replace a folder that is there.
+        resume: a hexadecimal digest of all that goes into it. What a killed process, or an interrupted one, left of the
+            same work is then yielded again; otherwise it is removed. Where an error is raised nothing is left.
 
     Raises:
         ConverterError: ``E_MERGE_OUTPUT`` where something is in the way, or the disk does not take it.
     """
-    import secrets
-    import shutil
-
     target = Path(path)
-    sweep(target)
+    beside = target.with_name(f".{target.name[:64]}.{resume[:12] if resume else secrets.token_hex(6)}.part")
+    sweep(target, keep=beside.name)
     if target.exists() and (not overwrite or not target.is_dir()):
         raise ConverterError(
             "E_MERGE_OUTPUT",
@@ -186,21 +196,34 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
             where=target,
             hint="choose another folder, or overwrite",
         )
-    beside = target.with_name(f".{target.name[:64]}.{secrets.token_hex(6)}.part")
     try:
-        beside.mkdir(parents=True)
-        with held(beside):
+        beside.mkdir(parents=True, exist_ok=resume is not None)
+        with held(beside) as ours:
+            if not ours and resume is not None and any(beside.iterdir()):  # another process is at it, or no locks
+                beside = target.with_name(f".{target.name[:64]}.{secrets.token_hex(6)}.part")
+                beside.mkdir()
             yield beside
-            if target.exists():
-                old = target.with_name(f".{target.name[:64]}.{secrets.token_hex(6)}.old")
-                target.rename(old)
-                beside.rename(target)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                beside.rename(target)
+            _put_in_place(beside, target)
     except OSError as error:
+        _remove(beside)
         raise ConverterError(
             "E_MERGE_OUTPUT", f"the folder cannot be written: {error}", where=target, hint="nothing was left behind"
         ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    except BaseException as error:
+        if resume is None or not isinstance(error, KeyboardInterrupt):
+            _remove(beside)
+        raise
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_in_place(beside: Path, target: Path) -> None:
+    if not target.exists():
+        beside.rename(target)
+        return
+    old = target.with_name(f".{target.name[:64]}.{secrets.token_hex(6)}.old")
+    target.rename(old)
+    beside.rename(target)
+    _remove(old)

@@ -196,6 +196,7 @@ def _load(
     if package.manifest != pulled.manifest:  # signatures and locks speak of what was read first
         raise PackageError("E_PACKAGE_CHANGED", "the manifest was changed while it was loaded", where=pulled.path)
     fetching = {"endpoint": endpoint, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    backbone = _beside(pulled, backbone)
     model, report, notes = _backbone(
         package.manifest, backbone, verify, fetching, device=device, device_map=device_map, dtype=dtype,
         allow_pickle=allow_pickle,
@@ -218,6 +219,18 @@ def _load(
     if report is None:
         logger.warning("the backbone of %s was not checked", pulled.source)
     return model, delta, package
+
+
+def _beside(
+    pulled: PulledPackage, given: nn.Module | str | os.PathLike[str] | None
+) -> nn.Module | str | os.PathLike[str] | None:
+    """The caller's backbone; or that of a baked package, which names no repository: it lies beside the manifest."""
+    source = pulled.manifest.backbone.source
+    if given is not None or (source is not None and source.hub is not None):
+        return given
+    if pulled.repo_id and not pulled.source.subfolder:
+        return f"{pulled.repo_id}@{pulled.commit}"
+    return pulled.path if any((pulled.path / name).is_file() for name in ("config.json", "model_index.json")) else None
 
 
 def _name(pulled: PulledPackage) -> str:
@@ -362,7 +375,7 @@ def verify(
     assert isinstance(report, LoadReport)
     try:
         probe = package.probe()
-        differences = None if probe is None else _replay(model, probe)
+        differences = None if probe is None else replay(model, probe)
         effect = _effect(model, delta, probe)
     finally:
         if isinstance(backbone, nn.Module):
@@ -375,8 +388,19 @@ def verify(
     return VerifyReport(load=report, files=files, probe=differences, effect=effect)
 
 
-def _replay(model: nn.Module, probe: Probe) -> dict[str, float]:
-    """Greatest difference per output between the publisher's numbers and this machine's."""
+def replay(model: nn.Module, probe: Probe) -> dict[str, float]:
+    """Run a probe's inputs through a model and compare with the publisher's numbers.
+
+    Args:
+        model: the backbone with its delta, live or merged.
+        probe: of the package.
+
+    Returns:
+        The greatest difference per output.
+
+    Raises:
+        PackageError: ``E_PACKAGE_PROBE_DIFFERS``.
+    """
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in probe.inputs.items()}
     now = make_probe(model, inputs, None).outputs

@@ -12,6 +12,7 @@ __all__ = [
     "find_class",
     "library_of",
     "origin",
+    "snapshot_of",
 ]
 
 import importlib
@@ -201,9 +202,9 @@ def origin(model: nn.Module) -> str | None:
     if not hasattr(model, "config") and list(model.children()):  # sentence-transformers: a sequence of modules
         inner = getattr(next(model.children()), "auto_model", model)
     config = getattr(inner, "config", None)
-    if isinstance(config, dict):  # diffusers
-        return config.get("_name_or_path")
-    return getattr(config, "_name_or_path", None)
+    # A dictionary is diffusers', which keeps a path as it was given.
+    name = config.get("_name_or_path") if isinstance(config, dict) else getattr(config, "_name_or_path", None)
+    return None if name is None else str(name)
 
 
 def describe(model: nn.Module) -> dict[str, str]:
@@ -214,13 +215,14 @@ def describe(model: nn.Module) -> dict[str, str]:
     """
     source: dict[str, str] = {}
     if found := origin(model):
-        source.update(_from_snapshot(found) or _from_name(found))
+        source.update(snapshot_of(found) or _from_name(found))
     if name := class_name(model):
         source["class"] = name
     return source
 
 
-def _from_snapshot(origin: str) -> dict[str, str]:
+def snapshot_of(origin: str) -> dict[str, str]:
+    """Repository, commit and perhaps subfolder of a folder in the Hub's cache; nothing of any other."""
     found = _SNAPSHOT.search(origin)
     if found is None:
         return {}

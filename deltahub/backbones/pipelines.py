@@ -7,18 +7,19 @@ A manifest that names a ``pipeline`` in its backbone's source means a whole pipe
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltahub.backbones.files import read_json
-from deltahub.backbones.libraries import LIBRARIES, imported, origin
+from deltahub.backbones.libraries import LIBRARIES, imported, origin, snapshot_of
 from deltahub.errors import BackboneError
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["DENOISERS", "assemble", "denoiser_of", "pipeline_of"]
+__all__ = ["DENOISERS", "assemble", "denoiser_of", "pipeline_of", "surroundings"]
 
 DENOISERS = ("transformer", "unet")
 """Names under which pipelines hold what a delta sits on."""
@@ -27,10 +28,10 @@ _LIBRARIES = ("diffusers", "transformers")
 _FILES = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
 
 
-def denoiser_of(value: object) -> tuple[str, nn.Module] | None:
-    """The denoiser of a live pipeline and its name there; ``None`` for anything else."""
+def denoiser_of(value: object, part: str | None = None) -> tuple[str, nn.Module] | None:
+    """The denoiser of a live pipeline, or another part that is named, and its name there; ``None`` for anything else."""
     if any(cls.__name__ == "DiffusionPipeline" for cls in type(value).__mro__):
-        for name in DENOISERS:
+        for name in (*((part,) if part is not None and part.isidentifier() else ()), *DENOISERS):
             if (found := getattr(value, name, None)) is not None:
                 return name, found
     return None
@@ -67,9 +68,7 @@ def assemble(source: Mapping[str, Any], model: nn.Module, **client: Any) -> Any:
     Raises:
         BackboneError: the files are not there, or name a class of no allowed library.
     """
-    folder = Path(origin(model) or "").parent
-    if not (folder / "model_index.json").is_file() or _is_snapshot(folder, source):
-        folder = _fetched(source, **client)
+    folder = _whole(Path(origin(model) or "").parent, source, **client)
     index = _index(folder)
     cls = _pipeline_class(source, index, folder)
     name = str(source["subfolder"])
@@ -82,6 +81,40 @@ def assemble(source: Mapping[str, Any], model: nn.Module, **client: Any) -> Any:
             where=folder,
         ) from error
     return found
+
+
+def _whole(folder: Path, source: Mapping[str, Any], **client: Any) -> Path:
+    """The folder of the pipeline that a denoiser was found in; fetched where only the denoiser is there."""
+    source = {**snapshot_of(str(folder)), **source}
+    if not (folder / "model_index.json").is_file() or _is_snapshot(folder, source):
+        return _fetched(source, **client)
+    return folder
+
+
+def surroundings(source: Mapping[str, Any], denoiser: Path, target: Path) -> None:
+    """Copy a pipeline into a folder, all but the weights of its denoiser.
+
+    Args:
+        source: a manifest's ``backbone.source`` with ``pipeline`` and ``subfolder``.
+        denoiser: the folder where the denoiser's files were found.
+        target: where to.
+
+    Raises:
+        BackboneError: as :func:`assemble`.
+        OSError: the folder cannot be written.
+    """
+    folder = _whole(denoiser.parent, source)
+    own = f"{source['subfolder']}/"
+    for pattern in ("model_index.json", *_FILES):
+        for path in sorted(folder.glob(pattern)):
+            name = path.relative_to(folder)
+            if (
+                path.is_file()
+                and not name.as_posix().startswith(own)
+                and not {".fp16", ".non_ema"} & set(path.suffixes)
+            ):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target / name)
 
 
 def _is_snapshot(folder: Path, source: Mapping[str, Any]) -> bool:

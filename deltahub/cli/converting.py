@@ -25,6 +25,13 @@ def merge(
     weight: Annotated[
         list[float] | None, typer.Option(help="A factor for each package; one for all by default.")
     ] = None,
+    method: Annotated[
+        str, typer.Option(help="sum, task_arithmetic, linear, ties, dare_linear, dare_ties or slerp.")
+    ] = "sum",
+    density: Annotated[float | None, typer.Option(help="Share of each delta that ties and dare keep.")] = None,
+    scale: Annotated[float, typer.Option(help="Multiplies the combined delta.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
+    bake: Annotated[bool, typer.Option("--bake", help="Keep what cannot be merged beside the weights.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as the backbone by default.")] = None,
     max_shard_bytes: Annotated[int | None, typer.Option(help="Size of a file at most; as the backbone's.")] = None,
     verify: Annotated[str, typer.Option(help="structure, touched or full.")] = "touched",
@@ -40,6 +47,11 @@ def merge(
         out,
         backbone=backbone,
         weights=factors[0] if len(factors) == 1 else factors,
+        method=method,
+        density=density,
+        scale=scale,
+        seed=seed,
+        bake=bake,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         verify=verify,
@@ -49,7 +61,11 @@ def merge(
     def lines(result: Any) -> Iterable[str]:
         yield f"{result.folder}: {as_bytes(result.written)} in {result.seconds:.1f} s"
         yield f"{len(result.changed)} tensor(s) changed, {len(result.added)} added, {as_bytes(result.copied)} copied"
+        if result.live:
+            yield f"{len(result.live)} part(s) stay live, in a package beside the weights"
         yield str(result.identity)
+        if result.probe is not None:
+            yield f"the probe's numbers come out: within {max(result.probe.values()):.3g}"
 
     show(found, as_json, lines)
 

@@ -23,11 +23,15 @@ _SETTLED = 2.0
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Mark a part as being written, until the block ends or the process does; nothing where a system has no locks."""
+def held(path: Path) -> Iterator[bool]:
+    """Mark a part as being written, until the block ends or the process does; nothing where a system has no locks.
+
+    Yields:
+        Whether it is marked: not where somebody else writes it, nor without locks.
+    """
     handle = _locked(path)
     try:
-        yield
+        yield handle is not None
     finally:
         if handle is not None:
             os.close(handle)
@@ -50,12 +54,12 @@ def _locked(path: Path) -> int | None:
     return None
 
 
-def sweep(target: Path) -> None:
-    """Remove what dead writers of ``target`` left; put back the old folder where it is all there is."""
+def sweep(target: Path, *, keep: str = "") -> None:
+    """Remove what dead writers of ``target`` left, save one name; put the old folder back where it is all there is."""
     stem = f".{target.name[:64]}."
     with suppress(OSError):
         for path in sorted(target.parent.iterdir()):
-            if path.name.startswith(stem) and _ENDING.fullmatch(path.name.removeprefix(stem)):
+            if path.name != keep and path.name.startswith(stem) and _ENDING.fullmatch(path.name.removeprefix(stem)):
                 with suppress(OSError):
                     _settle(path, target)
 
