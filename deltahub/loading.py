@@ -22,7 +22,7 @@ from deltahub.attaching import attach_parts
 from deltahub.backbones import apply_settings, assemble, build, denoiser_of, require_covered, resolve
 from deltahub.composition import REGISTRY, registry, using
 from deltahub.effects import effect_of
-from deltahub.errors import PackageError
+from deltahub.errors import PackageError, printable
 from deltahub.hub import PulledPackage, pull
 from deltahub.package import Package, Probe
 from deltahub.saving import make_probe
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from deltahub.delta import Delta
     from deltahub.hub import Lock
     from deltahub.manifest import Manifest
-    from deltahub.sign import Policy
+    from deltahub.sign import Policy, Signature
 
 __all__ = ["LoadReport", "VerifyReport", "load", "verify"]
 
@@ -53,7 +53,8 @@ class LoadReport:
         kinds: kinds whose documents the package brought along, ``name@version``; they are data, nothing was imported.
         ignored: files in the package's folder that its manifest does not list; none of them was opened.
         identity: which levels the backbone was checked at; ``None`` where the caller turned checking off.
-        signature: who signed the package, if that was asked for.
+        signature: who signed the package; ``None`` where nobody did, or no policy asked.
+        policy: whether a trust policy asked for a signature.
         notes: what else a reader should know.
     """
 
@@ -64,12 +65,17 @@ class LoadReport:
     kinds: tuple[str, ...]
     ignored: tuple[str, ...]
     identity: identity.IdentityReport | None
-    signature: object = None
+    signature: Signature | None = None
+    policy: bool = False
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"loaded {self.source}" + (f" at {self.commit}" if self.commit else "")]
         lines.append(f"backbone {self.identity}" if self.identity else "backbone NOT checked")
+        if self.signature:
+            lines.append(f"signed by {printable(self.signature.signer)}, key {self.signature.fingerprint[:16]}")
+        elif self.policy:
+            lines.append("unsigned, which the policy allows")
         if self.kinds:
             lines.append(f"the package brings its own kinds, as data: {', '.join(self.kinds)}")
         if self.ignored:
@@ -212,6 +218,7 @@ def _load(
         ignored=package.ignored,
         identity=report,
         signature=pulled.signature,
+        policy=policy is not None,
         notes=notes,
     )
     if own:

@@ -94,30 +94,49 @@ def _metric(text: str) -> tuple[str, float]:
 @app.command()
 def sign(
     folder: Annotated[Path, typer.Argument(help="The package; its model card is signed too, so it should be final.")],
-    key: Annotated[Path, typer.Option(help="Your private key, in PEM, on P-256, P-384 or P-521.", metavar="FILE")],
+    key: Annotated[
+        Path | None, typer.Option(help="Your private key, in PEM, on P-256, P-384 or P-521.", metavar="FILE")
+    ] = None,
+    keyless: Annotated[
+        bool, typer.Option("--keyless", help="Sign as who you are: Sigstore certifies it. Opens a browser to log in.")
+    ] = False,
+    identity_token: Annotated[
+        str | None,
+        typer.Option(help="For --keyless: an OpenID Connect token, no browser.", envvar="SIGSTORE_IDENTITY_TOKEN"),
+    ] = None,
+    trust_config: Annotated[
+        Path | None, typer.Option(help="For --keyless: another Sigstore than the public one.", metavar="FILE")
+    ] = None,
     password: Annotated[
         str | None,
         typer.Option(help="Asked for where it is needed.", envvar="DELTAHUB_KEY_PASSWORD"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Sign everything in a package's folder.
+    """Sign everything in a package's folder, with a key or with an identity.
 
-    `deltahub verify --signed-by` checks it.
+    `deltahub verify --signed-by` checks a key, `--policy` a key or an identity.
     The signature is an OpenSSF Model Signing bundle, model.sig. A key is made with
     openssl ecparam -name prime256v1 -genkey -noout -out key.pem
     """
     from deltahub.sign import sign as run
+    from deltahub.sign import sign_keyless
 
+    if keyless == (key is not None):
+        raise typer.BadParameter("give --key FILE or --keyless, one of the two", param_hint="--key")
+    if key is None:
+        found = sign_keyless(folder, identity_token=identity_token, trust_config=trust_config)
+        show(found, as_json, lambda result: _signed(result, f"as {result.signer}"))
+        return
     if password is None and sys.stdin.isatty() and _encrypted(key):
         password = typer.prompt("Password of the key", hide_input=True, err=True)
     found = run(folder, key, password=None if password is None else password.encode())
+    show(found, as_json, lambda result: _signed(result, f"with key {result.fingerprint[:16]}"))
 
-    def lines(result: Any) -> Iterable[str]:
-        yield f"{len(result.files)} file(s) signed with key {result.fingerprint[:16]}"
-        yield "push the folder as it is now: another card would need another signature"
 
-    show(found, as_json, lines)
+def _signed(result: Any, how: str) -> Iterable[str]:
+    yield f"{len(result.files)} file(s) signed {how}"
+    yield "push the folder as it is now: another card would need another signature"
 
 
 def _encrypted(key: Path) -> bool:

@@ -59,7 +59,7 @@ def pull_mirror(
     """
     home = _home(cache_dir) / hashlib.sha256(source.url.encode()).hexdigest()[:32]
     if local_files_only:
-        return _cached(source, home, policy)
+        return _cached(source, home, policy, offline=True)
     opener = _opener(source.url)
     data = _bytes(opener, MANIFEST, limits.DEFAULT.manifest_bytes, source.url)
     if data is None:
@@ -84,7 +84,7 @@ def _home(cache_dir: str | os.PathLike[str] | None) -> Path:
     return folder.expanduser().resolve()
 
 
-def _cached(source: Source, home: Path, policy: Policy | None) -> PulledPackage:
+def _cached(source: Source, home: Path, policy: Policy | None, *, offline: bool = False) -> PulledPackage:
     """The package as it lies in the cache, checked."""
     try:
         folder = home / (home / _LATEST).read_text("ascii")
@@ -97,7 +97,7 @@ def _cached(source: Source, home: Path, policy: Policy | None) -> PulledPackage:
     if policy is not None:
         path = folder / SIGNATURE
         raw = path.read_bytes() if path.is_file() else None
-        signature = policy.check(raw, manifest=manifest, sha256=sha256, namespace="", where=source.url)
+        signature = policy.check(raw, manifest=manifest, sha256=sha256, namespace="", where=source.url, offline=offline)
     check_files(folder, folder, manifest, evict=True)
     return PulledPackage(path=folder, root=folder, source=source, manifest=manifest, sha256=sha256, signature=signature)
 

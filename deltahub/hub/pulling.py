@@ -129,7 +129,7 @@ def pull(
 
         found = pull_mirror(parsed, cache_dir=cache_dir, local_files_only=local_files_only, policy=policy)
     elif parsed.kind == "local":
-        found = _pull_local(parsed, policy, hashing=hash_local)
+        found = _pull_local(parsed, policy, hashing=hash_local, offline=local_files_only)
     else:
         client = Client(
             endpoint=check_endpoint(endpoint), token=token, cache=_cache(cache_dir), offline=local_files_only
@@ -150,7 +150,7 @@ def _cache(cache_dir: str | os.PathLike[str] | None) -> Path:
 # ---- local folders
 
 
-def _pull_local(source: Source, policy: Policy | None, *, hashing: bool) -> PulledPackage:
+def _pull_local(source: Source, policy: Policy | None, *, hashing: bool, offline: bool) -> PulledPackage:
     assert source.path is not None
     path = source.path.resolve()
     if not (path / MANIFEST).is_file():
@@ -159,7 +159,7 @@ def _pull_local(source: Source, policy: Policy | None, *, hashing: bool) -> Pull
     signature = None
     if policy is not None:
         raw = _read(path / SIGNATURE, SIGNATURE_BYTES) if (path / SIGNATURE).exists() else None
-        signature = policy.check(raw, manifest=manifest, sha256=sha256, namespace="", where=str(path))
+        signature = policy.check(raw, manifest=manifest, sha256=sha256, namespace="", where=str(path), offline=offline)
     if hashing:
         check_files(path, path, manifest)
     return PulledPackage(path=path, root=path, source=source, manifest=manifest, sha256=sha256, signature=signature)
@@ -287,7 +287,14 @@ def _pull_hub(client: Client, source: Source, commit: str, policy: Policy | None
     signature = None
     if policy is not None:
         raw = _signature(client, source, commit) if policy.wants_signature(source.repo_id) else None
-        signature = policy.check(raw, manifest=manifest, sha256=sha256, namespace=source.repo_id, where=where)
+        signature = policy.check(
+            raw,
+            manifest=manifest,
+            sha256=sha256,
+            namespace=source.repo_id,
+            where=where,
+            offline=client.offline,
+        )
     files = expected_files(manifest)
 
     def one(item: tuple[str, tuple[int, str]]) -> None:

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-__all__ = ["SIGNATURE_FILE", "Signature", "compare", "open_bundle", "sign", "unsigned", "verify_signature"]
+__all__ = [
+    "BUNDLE_BYTES",
+    "IGNORED",
+    "SIGNATURE_FILE",
+    "Signature",
+    "compare",
+    "digests_of",
+    "open_bundle",
+    "read_limited",
+    "refuse_other",
+    "resources_of",
+    "sign",
+    "unsigned",
+    "verify_signature",
+]
 
 import base64
 import binascii
@@ -28,8 +42,8 @@ _PAYLOAD = "application/vnd.in-toto+json"
 _BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://model_signing/signature/v1.0"
-_IGNORED = (".git", ".gitattributes", ".github", ".gitignore", ".cache")
-_BUNDLE_BYTES = 1 << 20
+IGNORED = (".git", ".gitattributes", ".github", ".gitignore", ".cache")
+BUNDLE_BYTES = 1 << 20
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -38,7 +52,7 @@ class Signature:
     """A signature that was checked.
 
     Attributes:
-        signer: the name that the policy gives the key; empty for a key without one.
+        signer: the name that the policy gives the key or the identity; empty for a key without one.
         fingerprint: SHA-256 of the public key's PEM text.
         files: what was signed: name to SHA-256.
     """
@@ -62,10 +76,10 @@ def sign(folder: str | os.PathLike[str], key: str | os.PathLike[str], *, passwor
     need_cryptography()
     from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
 
-    private = private_key(_read(Path(key)), password)
+    private = private_key(read_limited(Path(key)), password)
     root = Path(folder).resolve()
-    files = _digests(root)
-    _check_package(root, files)
+    files = digests_of(root)
+    refuse_other(root, files)
     body = json.dumps(_statement(root.name, files), sort_keys=True, separators=(",", ":")).encode()
     signed = private.sign(_pre_authentication(_PAYLOAD, body), ECDSA(hash_of(private.curve.name)))
     hint = fingerprint_of(private.public_key())
@@ -83,7 +97,7 @@ def sign(folder: str | os.PathLike[str], key: str | os.PathLike[str], *, passwor
     return Signature(signer="", fingerprint=hint, files=files)
 
 
-def _check_package(root: Path, files: Mapping[str, str]) -> None:
+def refuse_other(root: Path, files: Mapping[str, str]) -> None:
     """Only what would load is signed.
 
     Raises:
@@ -92,7 +106,7 @@ def _check_package(root: Path, files: Mapping[str, str]) -> None:
     """
     if MANIFEST not in files:
         raise SignatureError("E_SIGN_FOLDER", "there is no delta.json here", where=root)
-    manifest = Manifest.parse(_read(root / MANIFEST, DEFAULT.manifest_bytes), where=str(root / MANIFEST))
+    manifest = Manifest.parse(read_limited(root / MANIFEST, DEFAULT.manifest_bytes), where=str(root / MANIFEST))
     for file in manifest.files:
         if files.get(file.path) != file.sha256:
             raise SignatureError("E_SIGN_FOLDER", "a listed file is missing or altered", where=root / file.path)
@@ -110,7 +124,7 @@ def _statement(name: str, files: Mapping[str, str]) -> dict[str, Any]:
         "method": "files",
         "hash_type": "sha256",
         "allow_symlinks": False,
-        "ignore_paths": [*_IGNORED, SIGNATURE_FILE],
+        "ignore_paths": [*IGNORED, SIGNATURE_FILE],
     }
     return {
         "_type": _STATEMENT,
@@ -120,7 +134,7 @@ def _statement(name: str, files: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _digests(root: Path) -> dict[str, str]:
+def digests_of(root: Path) -> dict[str, str]:
     """Every file of a folder that a signature covers, in the order that the format demands."""
     return {path: sha256_file(root / path)[1] for path in sorted(_walk(root))}
 
@@ -130,7 +144,7 @@ def _walk(root: Path) -> Iterator[str]:
         for name in names:
             full = Path(folder, name)
             path = full.relative_to(root).as_posix()
-            if path.split("/")[0] in _IGNORED or path == SIGNATURE_FILE:
+            if path.split("/")[0] in IGNORED or path == SIGNATURE_FILE:
                 continue
             if full.is_symlink() or not full.is_file():
                 raise SignatureError(
@@ -139,7 +153,7 @@ def _walk(root: Path) -> Iterator[str]:
             yield path
 
 
-def _read(path: Path, limit: int = _BUNDLE_BYTES) -> bytes:
+def read_limited(path: Path, limit: int = BUNDLE_BYTES) -> bytes:
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1)
@@ -173,7 +187,7 @@ def open_bundle(raw: bytes, keys: Mapping[str, bytes], where: str) -> Signature:
             key.verify(signature, _pre_authentication(kind, body), ECDSA(hash_of(key.curve.name)))
         except InvalidSignature:
             continue
-        return Signature(signer=name, fingerprint=fingerprint_of(key), files=_resources(kind, body, where))
+        return Signature(signer=name, fingerprint=fingerprint_of(key), files=resources_of(kind, body, where))
     known = ", ".join(sorted(keys)) or "none"
     raise SignatureError("E_SIGN_UNTRUSTED", "no trusted key made this signature", where=where, expected=known)
 
@@ -181,11 +195,11 @@ def open_bundle(raw: bytes, keys: Mapping[str, bytes], where: str) -> Signature:
 def _envelope(raw: bytes, where: str) -> tuple[str, bytes, bytes]:
     """The payload's type, the payload, and the one signature over both."""
     try:
-        _must(len(raw) <= _BUNDLE_BYTES, "it is too large")
+        _must(len(raw) <= BUNDLE_BYTES, "it is too large")
         bundle = json.loads(raw, object_pairs_hook=_unique)
         material = bundle["verificationMaterial"]
         with_key = isinstance(material, dict) and "publicKey" in material
-        _must(with_key, "it was not made with a key, but with a certificate; use model-signing for it")
+        _must(with_key, "it was not made with a key, but with an identity; a trust policy names those")
         envelope = bundle["dsseEnvelope"]
         (signature,) = envelope["signatures"]
         body = base64.b64decode(envelope["payload"], validate=True)
@@ -194,7 +208,7 @@ def _envelope(raw: bytes, where: str) -> tuple[str, bytes, bytes]:
         raise _bad_bundle(where, error) from None
 
 
-def _resources(kind: str, body: bytes, where: str) -> dict[str, str]:
+def resources_of(kind: str, body: bytes, where: str) -> dict[str, str]:
     """The files that a signed statement lists; only called once the signature over it holds."""
     try:
         statement = json.loads(body, object_pairs_hook=_unique)
@@ -244,8 +258,8 @@ def verify_signature(folder: str | os.PathLike[str], keys: Mapping[str, bytes]) 
     path = root / SIGNATURE_FILE
     if not path.is_file():
         raise unsigned(str(folder))
-    signature = open_bundle(_read(path), keys, str(path))
-    compare(signature.files, _digests(root), str(folder))
+    signature = open_bundle(read_limited(path), keys, str(path))
+    compare(signature.files, digests_of(root), str(folder))
     return signature
 
 

@@ -1,4 +1,4 @@
-"""What a valid signature is worth: which keys may sign for which namespaces, and where one is required."""
+"""What a valid signature is worth: which keys and identities may sign for which namespaces, and where one must."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltahub.errors import SignatureError
 from deltahub.sign.bundles import Signature, compare, open_bundle, unsigned
+from deltahub.sign.keyless import has_certificate, open_keyless
 
 if TYPE_CHECKING:
     from deltahub.manifest import Manifest
@@ -20,17 +21,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Signer:
-    """Somebody whose signature counts.
+    """Somebody whose signature counts: by a key, or by an identity that Sigstore certified.
 
     Attributes:
         name: what to call them.
-        key: public key, PEM.
+        key: public key, PEM; empty for an identity.
+        identity: an e-mail address or a URI, exactly as in the certificate; needs ``issuer``.
+        issuer: URL of who vouched for the identity, e.g. ``https://token.actions.githubusercontent.com``.
+        trust_root: another Sigstore than the public one: its trusted root or client trust configuration, JSON.
         namespaces: owners (``acme``) and repositories (``acme/delta``) for which they may sign; ``*`` for all.
     """
 
     name: str
-    key: bytes
+    key: bytes = b""
+    identity: str = ""
+    issuer: str = ""
+    trust_root: bytes | None = None
     namespaces: tuple[str, ...] = ("*",)
+
+    def __post_init__(self) -> None:
+        if bool(self.key) == bool(self.identity) or bool(self.identity) != bool(self.issuer):
+            raise SignatureError(
+                "E_SIGN_POLICY", "a signer has either a key, or an identity and its issuer", where=self.name
+            )
 
     def covers(self, namespace: str) -> bool:
         return _covers(self.namespaces, namespace)
@@ -65,6 +78,12 @@ class Policy:
             key = "acme.pub"            # a file next to this one, or the PEM text itself
             namespaces = ["acme"]
 
+            [[signers]]                 # without a key: what Sigstore certified
+            name = "Acme's release workflow"
+            identity = "https://github.com/acme/models/.github/workflows/release.yml@refs/heads/main"
+            issuer = "https://token.actions.githubusercontent.com"
+            trust_root = "sigstore.json"  # only for another Sigstore than the public one
+
         Raises:
             SignatureError: ``E_SIGN_POLICY``.
         """
@@ -84,7 +103,7 @@ class Policy:
         return self.demands(namespace) or any(signer.covers(namespace) for signer in self.signers)
 
     def check(
-        self, raw: bytes | None, *, manifest: Manifest, sha256: str, namespace: str, where: str
+        self, raw: bytes | None, *, manifest: Manifest, sha256: str, namespace: str, where: str, offline: bool = False
     ) -> Signature | None:
         """Check a package's signature before its files are fetched.
 
@@ -94,6 +113,7 @@ class Policy:
             sha256: of ``delta.json``.
             namespace: ``user/name``; empty for a folder or a mirror.
             where: what to call the package in errors.
+            offline: make no request for Sigstore's roots; those that were last seen, or came with it, count.
 
         Returns:
             The signature; ``None`` for an unsigned package where none is demanded.
@@ -102,14 +122,17 @@ class Policy:
             SignatureError: ``E_SIGN_MISSING`` where one is demanded; a signature that is there must always hold
                 once the policy knows a signer for this namespace.
         """
-        keys = {signer.name: signer.key for signer in self.signers if signer.covers(namespace)}
+        known = [signer for signer in self.signers if signer.covers(namespace)]
         if raw is None:
             if self.demands(namespace):
                 raise unsigned(where)
             return None
-        if not keys and not self.demands(namespace):
+        if not known and not self.demands(namespace):
             return None
-        signature = open_bundle(raw, keys, where)
+        if has_certificate(raw) and any(signer.identity for signer in known):
+            signature = open_keyless(raw, known, where, offline=offline)
+        else:
+            signature = open_bundle(raw, {signer.name: signer.key for signer in known if signer.key}, where)
         wanted = {"delta.json": sha256, **{file.path: file.sha256 for file in manifest.files}}
         # A pull does not fetch the card and what else the repository holds; what is used must be signed.
         compare({path: signature.files[path] for path in wanted if path in signature.files}, wanted, where)
@@ -117,10 +140,17 @@ class Policy:
 
 
 def _signer(entry: Mapping[str, Any], folder: Path) -> Signer:
-    _only(entry, {"name", "key", "namespaces"})
-    key = str(entry["key"])
-    pem = key.encode() if "-----BEGIN" in key else (folder / key).read_bytes()
-    return Signer(name=str(entry["name"]), key=pem, namespaces=_strings(entry.get("namespaces", ["*"])))
+    _only(entry, {"name", "key", "identity", "issuer", "trust_root", "namespaces"})
+    key, root = str(entry.get("key", "")), entry.get("trust_root")
+    pem = key.encode() if "-----BEGIN" in key or not key else (folder / key).read_bytes()
+    return Signer(
+        name=str(entry["name"]),
+        key=pem,
+        identity=str(entry.get("identity", "")),
+        issuer=str(entry.get("issuer", "")),
+        trust_root=None if root is None else (folder / str(root)).read_bytes(),
+        namespaces=_strings(entry.get("namespaces", ["*"])),
+    )
 
 
 def _only(table: Mapping[str, Any], known: set[str]) -> None:
