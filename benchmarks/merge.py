@@ -1,22 +1,40 @@
-"""Merging a LoRA r=16 from disk to disk: ``converters.merge`` and PEFT's load, merge, save; copying as the floor."""
+"""Merging a LoRA r=16 from disk to disk: ``converters.merge``, PEFT and mergekit; copying as the floor.
+
+mergekit is run by the Python that ``MERGEKIT_PYTHON`` names, for it wants versions of its own.
+"""
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 
-from benchmarks.harness import LAYERS12, LAYERS22, LINEARS, RANK, SCALE, Report, Shape, build, measure, random_lora
+from benchmarks.harness import (
+    LAYERS12,
+    LAYERS22,
+    LINEARS,
+    RANK,
+    SCALE,
+    Report,
+    Shape,
+    Timing,
+    build,
+    measure,
+    random_lora,
+)
 
-__all__ = ["run"]
+__all__ = ["peak", "run"]
 
 COPY = "floor: copying the files"
 ADD = "floor: the arithmetic, in blocks, in memory"
-OURS, PEFT = "converters.merge", "PEFT: load, merge_and_unload, save"
+OURS, PEFT, MERGEKIT = "converters.merge", "PEFT: load, merge_and_unload, save", "mergekit, a process of its own"
 
 _PEAK = """
 import re, sys
@@ -46,7 +64,12 @@ def _prepare(shape: Shape, folder: Path) -> None:
 
 
 def _copy(folder: Path) -> Path:
-    return Path(shutil.copytree(folder / "base", folder / "copy"))
+    """Copied as bytes, and on the disk when it is done, as a merge is."""
+    made = Path(shutil.copytree(folder / "base", folder / "copy"))
+    for path in made.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return made
 
 
 def _peft(folder: Path) -> Path:
@@ -62,6 +85,40 @@ def _ours(folder: Path) -> Path:
     from deltahub.converters import merge
 
     return merge(folder / "package", folder / "ours", backbone=folder / "base", verify="structure").folder
+
+
+def _mergekit(folder: Path, repeats: int) -> Timing | None:
+    """mergekit on the same files, its start included."""
+    python = os.environ.get("MERGEKIT_PYTHON")
+    if python is None:
+        return None
+    recipe = (
+        f"merge_method: linear\nmodels:\n  - model: {folder}/base+{folder}/adapter\n    parameters: {{weight: 1}}\n"
+    )
+    (folder / "recipe.yaml").write_text(recipe + "dtype: bfloat16\n", encoding="utf-8")
+    command = [python, "-m", "mergekit.scripts.run_yaml", "recipe.yaml", "theirs", "--no-copy-tokenizer"]
+    timing = Timing()
+    for _ in range(repeats):
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run([*command, "--lora-merge-cache", "cache"], cwd=folder, check=True, capture_output=True)
+        timing.wall.append((time.perf_counter() - start) * 1e3)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        timing.cpu.append((after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) * 1e3)
+        for made in ("theirs", "cache"):
+            shutil.rmtree(folder / made)
+    return timing
+
+
+def peak(package: Path, out: Path, base: Path) -> float:
+    """Megabytes that a merge takes at most, above an interpreter with torch, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(package), str(out), str(base)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).resolve().parents[1],
+    )
+    return float(done.stdout)
 
 
 def _arithmetic(shape: Shape) -> object:
@@ -102,23 +159,17 @@ def _case(report: Report, shape: Shape, *, repeats: int) -> None:
             repeats=repeats,
             warmup=1,
         )
-        report.add(shape.name, timings, base=OURS)
+        theirs = _mergekit(folder, repeats)
+        report.add(shape.name, timings if theirs is None else timings | {MERGEKIT: theirs}, base=OURS)
         wall = {name: min(timing.wall) for name, timing in timings.items()}
-        floor = 1.5 * wall[COPY] + wall[ADD]
-        if (
-            shape is LAYERS22
-        ):  # what does not grow with the model (its layout, opening the package) drowns the smaller one
+        # What does not grow with the model (its layout, opening the package) drowns the smaller one.
+        if shape is LAYERS22:
+            floor = 1.5 * wall[COPY] + wall[ADD]
             report.goal(
                 f"{shape.name}: wall over 1.5 copies and the arithmetic", wall[OURS] / floor, 1.0, at_least=False
             )
-        done = subprocess.run(
-            [sys.executable, "-c", _PEAK, str(folder / "package"), str(folder / "peak"), str(folder / "base")],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=Path(__file__).resolve().parents[1],
-        )
-        report.goal(f"{shape.name}: peak MB above torch alone", float(done.stdout), 600.0, at_least=False)
+        found = peak(folder / "package", folder / "peak", folder / "base")
+        report.goal(f"{shape.name}: peak MB above torch alone", found, 600.0, at_least=False)
 
 
 def run(*, quick: bool) -> Report:
