@@ -14,7 +14,7 @@ from deltahub.converters import delta_conv
 from deltahub.converters.formats import import_, sniff
 from deltahub.errors import ConverterError, KindError
 from deltahub.tensors import write
-from tests.diffusion import inputs_of, pixart, sample, unet, unet_inputs
+from tests.diffusion import inputs_of, pixart, sample, unet
 from tests.zoo import randomise
 
 NAMES = {"inner": "conv_up", "mix": "conv_out", "average": "conv_pool"}
@@ -88,30 +88,6 @@ def test_what_is_missing_surplus_or_of_another_shape_is_refused(tmp_path: Path) 
             delta_conv.import_(tmp_path / f"{name}.safetensors", tmp_path / "out", backbone=pixart())
         assert caught.value.code == codes[name]
         assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_onnx_is_right_on_odd_maps(tmp_path: Path) -> None:
-    import onnxruntime
-
-    from deltahub.converters.onnx import export_onnx
-
-    model = unet()
-    delta = presets.attach_preset(model, "paper-table1", name="it", seed=0, kernel=5)
-    randomise(delta.parameters())
-    export_onnx(model, tmp_path / "onnx", form="live")
-    session = onnxruntime.InferenceSession(
-        next((tmp_path / "onnx").rglob("*.onnx")), providers=["CPUExecutionProvider"]
-    )
-    names = {one.name for one in session.get_inputs()}
-    # The second level sees half of each side: 5, 11 and 13 of these are odd.
-    for height, width in ((10, 14), (16, 24), (22, 18), (26, 10), (32, 8), (6, 42), (12, 20)):
-        inputs = unet_inputs(height, width)
-        given = {n: v.numpy() for n, v in inputs.items() if n in names}
-        if session.get_inputs()[1].name == "timestep" and len(session.get_inputs()[1].shape) == 1:
-            given["timestep"] = inputs["timestep"].expand(2).numpy()
-        out = torch.from_numpy(session.run(None, given)[0])
-        assert float((out - sample(model, inputs)).abs().max()) <= 1e-4
 
 
 def test_pooling_whose_export_would_be_wrong_is_refused(tmp_path: Path) -> None:
