@@ -58,12 +58,14 @@ class Base:
         *,
         class_name: str | None = None,
         settings: Sequence[Mapping[str, Any]] = (),
+        subfolder: str | None = None,
     ) -> Base:
         """A folder or Hub name; the module tree is laid out without weights.
 
         Args:
             backbone: where it is.
             class_name: such as ``transformers.BertForSequenceClassification``; that of its configuration by default.
+            subfolder: of a repository, where the backbone is one of several components.
             settings: fields of the configuration that shape the model: ``on``, ``path``, ``was``, ``value``.
         """
         from deltahub.backbones import resolve
@@ -71,6 +73,7 @@ class Base:
         from deltahub.manifest import Setting
 
         wanted = {} if class_name is None else {"class": class_name}
+        wanted |= {} if subfolder is None else {"subfolder": subfolder}
         files = resolve(wanted, override=Path(backbone) if Path(backbone).is_dir() else os.fspath(backbone))
         source: dict[str, Any] = {} if files.hub is None else {"hub": files.hub, "commit": files.commit}
         source["class"] = class_name or declared_class(files.folder)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Converter", "convert", "export_", "formats", "import_", "sniff"]
 
 GROUP = "deltahub.converters"
-_BUILT_IN = ("adapterhub", "delta_conv", "opendelta", "peft")
+_BUILT_IN = ("adapterhub", "delta_conv", "diffusers", "kohya", "opendelta", "peft")
 """Formats of this distribution: they are found where nothing is installed, too."""
 
 
