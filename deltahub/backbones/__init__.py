@@ -17,6 +17,7 @@ The way of a backbone:
 from __future__ import annotations
 
 __all__ = [
+    "DENOISERS",
     "BackboneFiles",
     "Built",
     "Setting",
@@ -36,5 +37,5 @@ __all__ = [
 from deltahub.backbones.building import Built, build, require_covered
 from deltahub.backbones.files import BackboneFiles, files_section, resolve
 from deltahub.backbones.libraries import describe, origin
-from deltahub.backbones.pipelines import assemble, denoiser_of, pipeline_of
+from deltahub.backbones.pipelines import DENOISERS, assemble, denoiser_of, pipeline_of
 from deltahub.backbones.settings import Setting, apply_settings, changed_settings

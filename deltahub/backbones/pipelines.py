@@ -29,7 +29,7 @@ _FILES = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
 
 
 def denoiser_of(value: object, part: str | None = None) -> tuple[str, nn.Module] | None:
-    """The denoiser of a live pipeline, or another part that is named, and its name there; ``None`` for anything else."""
+    """The denoiser of a live pipeline, or the part that is named, and its name there; ``None`` for anything else."""
     if any(cls.__name__ == "DiffusionPipeline" for cls in type(value).__mro__):
         for name in (*((part,) if part is not None and part.isidentifier() else ()), *DENOISERS):
             if (found := getattr(value, name, None)) is not None:
