@@ -122,14 +122,20 @@ def test_on_the_command_line(make_package: Callable[..., Path], tmp_path: Path) 
     html = tmp_path / "page.html"
     subprocess.run([*command, "inspect", folder, "--html", html], check=True, capture_output=True, cwd=ROOT)
     assert len(data_of(html.read_text(encoding="utf-8"))["histograms"]) == 2
+    # A shell that starts the tests in the background has them ignore ^C, and so would the process here.
+    attentive = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{attentive}; from deltahub.cli import main; main()"]
     with subprocess.Popen(
         [*command, "explore", folder, "--json"], stdout=subprocess.PIPE, text=True, cwd=ROOT
     ) as running:
-        assert running.stdout
-        lines = [running.stdout.readline() for _ in range(3)]
-        assert status(json.loads("".join(lines))["address"]) == 200
-        running.send_signal(signal.SIGINT)
-        assert running.wait(10) == 0
+        try:
+            assert running.stdout
+            lines = [running.stdout.readline() for _ in range(3)]
+            assert status(json.loads("".join(lines))["address"]) == 200
+            running.send_signal(signal.SIGINT)
+            assert running.wait(30) == 0
+        finally:
+            running.kill()
 
 
 # ------------------------------------------------------------------------------------------------------- in a browser
