@@ -94,6 +94,8 @@ class _Meta:
         """The shape that a port's value must have; ``None`` stands for any length."""
         if port in {"kv", "past"}:
             return (2, None, self.outer)
+        if port == "prompt":
+            return (None, self.outer)
         if port == "scores":
             return self.scores.shape
         if port == "weight":

@@ -33,12 +33,13 @@ PORTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "kv": (),
         "past": (),
         "scores": ("scores",),
+        "prompt": (),
         "weight": ("W", "b"),
         "bias": ("W", "b"),
     }
 )
 """Where an equation may act, and what it is given there besides the host and the kind's own tensors."""
-LIVE_PORTS = frozenset({"input", "output", "replace", "kv", "past", "scores"})
+LIVE_PORTS = frozenset({"input", "output", "replace", "kv", "past", "scores", "prompt"})
 MERGED_PORTS = frozenset({"weight", "bias"})
 
 CONTEXT = ("grid", "group", "taps")
@@ -97,7 +98,7 @@ class Document:
         identity: whether a fresh one leaves its host as it is: always, never, or when.
         strength: the config number that a user's scale multiplies, or None.
         targets: where an author puts it who names no targets: roles, or whatever else authors may write.
-        fold: config values under which it is saved: its tensors are then what its ``kv`` or ``past`` gives.
+        fold: config values under which it is saved: its tensors are then what its ``kv``, ``past`` or ``prompt`` gives.
         context: what its equations ask of the surroundings.
         config: config values by name.
         tensors: tensors by name, in order.
@@ -255,8 +256,8 @@ class _Reader:
                 self.config[name].check(value, self.where)
             except KindError as error:
                 raise table.error(f"can never hold: {error.what}", error.found, name) from None
-        if table.data and not {"kv", "past"} & set(equations):
-            raise self.top.error("has a meaning only beside kv or past", key="fold")
+        if table.data and not {"kv", "past", "prompt"} & set(equations):
+            raise self.top.error("has a meaning only beside kv, past or prompt", key="fold")
         return dict(table.data)
 
     def name(self, name: str, table: Table) -> str:

@@ -8,9 +8,9 @@ from typing import Literal, get_args
 
 __all__ = ["FAMILIES", "Family", "HostShape"]
 
-Family = Literal["linear", "conv", "embedding", "norm", "block", "attention"]
+Family = Literal["linear", "conv", "embedding", "norm", "block", "attention", "transformer"]
 FAMILIES: tuple[str, ...] = get_args(Family)
-_WEIGHTLESS = frozenset({"block", "attention"})
+_WEIGHTLESS = frozenset({"block", "attention", "transformer"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,7 +19,8 @@ class HostShape:
 
     Attributes:
         family: ``linear``, ``conv``, ``embedding``, ``norm``, or ``block`` for any other module; a block may also be
-            seen as ``attention`` (``d_out`` is then the width of its keys and values).
+            seen as ``attention`` (``d_out`` is then the width of its keys and values) or as ``transformer`` (``d_in``
+            is then the number of its tokens, ``d_out`` the width of their embeddings).
         d_in: second axis of the canonical weight: input features, input channels *per group*,
             vocabulary; None where the module does not say (blocks) or has no such axis (norms).
         d_out: first axis of the canonical weight: output features, channels, embedding size,

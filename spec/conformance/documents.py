@@ -97,7 +97,7 @@ def documents() -> list[dict[str, Any]]:
         bad(f"no {member}", "DH-5.1-1", DOCUMENT, changed(**{member: MISSING}))
     for path, value in (
         ("kind", 1), ("version", "1"), ("version", 0), ("version", 1.0), ("version", True), ("title", 1), ("hosts", []), ("hosts", "linear"),
-        ("hosts", ["transformer"]), ("hosts", ["linear", "linear"]), ("identity", "yes"), ("strength", "rank"), ("strength", "gain"),
+        ("hosts", ["network"]), ("hosts", ["linear", "linear"]), ("identity", "yes"), ("strength", "rank"), ("strength", "gain"),
         ("context", ["clock"]), ("author", "me"), ("code", "import os"), ("config", []), ("tensors", []), ("equations", []), ("equations", {}),
         ("config__rank__type", "tensor"), ("config__rank__step", 2), ("config__scale__type", MISSING), ("config__rank__minimum", "1"),
         ("tensors__up__shape", MISSING), ("tensors__up__shape", "out"), ("tensors__up__file", "a"), ("tensors__up__trainable", 1),
@@ -152,7 +152,7 @@ def documents() -> list[dict[str, Any]]:
     for path, value in (
         ("config__scale__default", "1"), ("config__rank__default", 0), ("config__how", {"type": "string", "enum": ["a"], "default": "b"}),
         ("config__how", {"type": "integer", "minimum": 2, "enum": [1]}), ("tensors__up__when", {"rank": "two"}), ("tensors__up__when", {"rank": []}),
-        ("tensors__up__when", {"depth": 1}), ("tensors__up__when", {"bias": 1}), ("tensors__up__when", {"family": "transformer"}),
+        ("tensors__up__when", {"depth": 1}), ("tensors__up__when", {"bias": 1}), ("tensors__up__when", {"family": "network"}),
     ):  # fmt: skip
         bad(f"{path.replace('__', '.')} is {value!r}", "DH-5.2-3", DOCUMENT, changed(**{path: value}))
     for config in ({}, {"rank": 0}, {"rank": 2.0}, {"rank": True}, {"rank": "2"}, {"rank": None}, {"rank": [2]}, {"rank": {}},

@@ -183,7 +183,7 @@ def kinds() -> list[dict[str, Any]]:
                     "tensors": {n: tensor(a) for n, a in t.items()},
                     "valid": True, "expect": {"value": tensor(value)}, "tolerance": 1e-5,
                 })  # fmt: skip
-    return [*cases, *on_axes(), *prefixes()]
+    return [*cases, *on_axes(), *prefixes(), *prompts()]
 
 
 def prefixes() -> list[dict[str, Any]]:
@@ -220,6 +220,39 @@ def prefixes() -> list[dict[str, Any]]:
         for name in ("linear", "block")
     ]  # fmt: skip
     return [*cases, *refused]
+
+
+def prompts() -> list[dict[str, Any]]:
+    """Embeddings before those of the tokens: plain, by their small network, and of a task."""
+    host = {"family": "transformer", "in": 5, "out": 4, "bias": False}
+    plain = numbers(2, 4, seed=80)
+    small = {
+        "seed": plain, "first": numbers(3, 4, seed=81), "first_bias": numbers(3, seed=82),
+        "second": numbers(3, 3, seed=83), "second_bias": numbers(3, seed=84),
+        "third": numbers(4, 3, seed=85), "third_bias": numbers(4, seed=86),
+    }  # fmt: skip
+    h = np.maximum(plain @ small["first"].T + small["first_bias"], 0)
+    h = np.maximum(h @ small["second"].T + small["second_bias"], 0)
+    tasks = {"embedding": plain, "left": numbers(3, 2, 2, seed=87), "right": numbers(3, 2, 4, seed=88)}
+    cases: list[dict[str, Any]] = []
+    for kind, config, t, value in (
+        ("prompt", {}, {"embedding": plain}, plain),
+        ("prompt", {"network": "mlp", "hidden": 3}, small, h @ small["third"].T + small["third_bias"]),
+        ("multitask-prompt", {"tasks": 3, "rank": 2, "task": 1}, tasks, plain * (tasks["left"][1] @ tasks["right"][1])),
+    ):
+        cases.append({
+            "description": f"{kind}, {', '.join(map(str, config.values())) or 'plain'}",
+            "clause": ["DH-5.8-1", "DH-5.4-3", "DH-5.4-5"], "kind": kind, "version": 1, "config": {"length": 2, **config},
+            "host": host, "port": "prompt", "tensors": {n: tensor(a) for n, a in t.items()},
+            "valid": True, "expect": {"value": tensor(value)}, "tolerance": 1e-5,
+        })  # fmt: skip
+        for name in ("embedding", "block"):
+            cases.append({
+                "description": f"{kind}, {len(t)} tensors, does not fit: {name}", "clause": "DH-5.5-1", "op": "kind",
+                "kind": kind, "version": 1, "config": {"length": 2, **config}, "host": HOSTS[name],
+                "valid": False, "error_code": "E_KIND_HOST",
+            })  # fmt: skip
+    return cases
 
 
 def on_axes() -> list[dict[str, Any]]:

@@ -169,8 +169,8 @@ def test_gradients_reach_every_tensor_that_trains(kind: Kind, host: Example, con
 
 
 def test_every_kind_has_a_host() -> None:
-    # Attention is more than a function of arrays: tests/test_attending.py has the modules themselves.
-    attending = {name for name, kind in KINDS.items() if kind.hosts == {"attention"}}
+    # These are more than functions of arrays: tests/test_attending.py and tests/test_prompting.py have the modules.
+    attending = {name for name, kind in KINDS.items() if kind.hosts <= {"attention", "transformer"}}
     assert {case.values[0].name for case in CASES} == set(KINDS) - attending
 
 
