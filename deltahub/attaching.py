@@ -6,17 +6,20 @@ Attaching is all or nothing; a model is as it was when anything is refused.
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from deltahub import kinds
+from deltahub import kinds, prompting
 from deltahub.attending import check_bias, shape_of
+from deltahub.choosing import Choice, by_default, choose, split
 from deltahub.composition import (
     REGISTRY,
     Registry,
@@ -29,20 +32,18 @@ from deltahub.composition import (
 from deltahub.contexts import check_replaceable, give, provider_of
 from deltahub.delta import Delta
 from deltahub.errors import HostError, InjectionError, KindError, TargetError, UsageError
-from deltahub.hosts import BLOCK, view_of
+from deltahub.hosts import BLOCK, EMBEDDING, View, view_of
 from deltahub.injection import add_site, slot_of
 from deltahub.kinds import Document, Kind, TensorSpec
-from deltahub.roles import ROLE_PREFIX, paths_of
+from deltahub.kinds.initial import Draws
+from deltahub.places import Place, place_of
 from deltahub.sites import SITE_PREFIX, Bound, Part, Site
-from deltahub.targets import select
+from deltahub.targets import backbone_modules
 
 if TYPE_CHECKING:
     from deltahub.kinds.host_shape import HostShape
 
-__all__ = ["attach", "attach_parts", "choose"]
-
-Choice = Callable[[str, nn.Module], bool]
-"""An author's own choice of modules, by path and module."""
+__all__ = ["attach", "attach_parts"]
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
@@ -87,10 +88,11 @@ def attach(
     """
     found = _kind(kind)
     name = found.name.rpartition(".")[2] if name is None else name
-    paths = _by_default(model, found, exclude) if targets is None else choose(model, targets, exclude)
-    part = Part(name=name, kind=found, config=found.check_config(config), paths=paths, dropout=dropout)
+    chosen = by_default(model, found, exclude) if targets is None else choose(model, targets, exclude)
+    checked = found.check_config(config)
+    parts = split(model, name, found, checked, chosen, dropout=dropout)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    return attach_parts(model, name, [part], frozen=frozen, dtype=dtype, generator=generator)
+    return attach_parts(model, name, parts, frozen=frozen, dtype=dtype, generator=generator)
 
 
 def _kind(kind: str | Mapping[str, object] | os.PathLike[str]) -> Kind:
@@ -100,44 +102,6 @@ def _kind(kind: str | Mapping[str, object] | os.PathLike[str]) -> Kind:
     if isinstance(kind, Mapping):
         return Kind(Document.parse(kind))
     return Kind(Document.from_toml(Path(kind).read_text(encoding="utf-8"), where=str(kind)))
-
-
-def _by_default(model: nn.Module, kind: Kind, exclude: str | Sequence[str]) -> list[str]:
-    """Where a kind's document puts it: all of its own targets that this architecture has."""
-    found: set[str] = set()
-    for target in kind.document.targets:
-        try:
-            found |= set(choose(model, target, exclude))
-        except TargetError as error:
-            if error.code == "E_TARGET_ARCHITECTURE":
-                raise
-    if not found:
-        raise TargetError(
-            "E_TARGET_NOTHING",
-            f"kind {kind.name!r} has no targets of its own that this model has",
-            expected=", ".join(kind.document.targets) or None,
-            hint="give targets=, such as 'query' or 'role:attention.query'",
-        )
-    return [path for path, _ in model.named_modules() if path in found]
-
-
-def choose(model: nn.Module, targets: str | Sequence[str] | Choice, exclude: str | Sequence[str]) -> list[str]:
-    """The paths of the modules that an author means, in the model's order."""
-    modules = {n: m for n, m in model.named_modules() if n and SITE_PREFIX not in n}
-    wanted = [targets] if isinstance(targets, str) or callable(targets) else list(targets)
-    found: set[str] = set()
-    for target in wanted:
-        if callable(target):
-            found |= {path for path, module in modules.items() if target(path, module)}
-        elif target.startswith(ROLE_PREFIX):
-            found |= set(paths_of(model, target.removeprefix(ROLE_PREFIX), modules))
-        else:
-            found |= set(select(modules, target))
-    if exclude:
-        found -= set(select(modules, "**")) - set(select(modules, "**", exclude))
-    if not found:
-        raise TargetError("E_TARGET_NOTHING", "no module is left to attach to", hint="see model.named_modules()")
-    return [path for path in modules if path in found]
 
 
 def attach_parts(
@@ -162,13 +126,14 @@ def attach_parts(
     if name in home:
         raise InjectionError("E_INJECTION_NAME_TAKEN", f"a delta {name!r} is attached already", hint="give name=")
     require_unmixed(home)
-    modules = {n: m for n, m in model.named_modules() if SITE_PREFIX not in n}
-    generator = generator or torch.default_generator
+    modules = backbone_modules(model)
+    draws = Draws(generator or torch.default_generator)
     built: list[tuple[Part, nn.Module, Site]] = []
     for part in parts:
-        known: dict[HostShape, tuple[Bound, Mapping[str, TensorSpec]]] = {}
+        known: dict[object, tuple[Bound, Mapping[str, TensorSpec]]] = {}
         for path in part.paths:
-            module = _module(modules, path)
+            place = _place(modules, path)
+            module = place.module
             slot = slot_of(module)
             if slot is not None and slot.switch is not home.switch:
                 raise InjectionError(
@@ -177,20 +142,24 @@ def attach_parts(
                     where=path,
                     hint="attach all deltas through the same outer model",
                 )
-            built.append((part, module, _build(name, part, path, module, known, dtype, generator)))
+            built.append((part, module, _build(name, part, path, place, known, dtype, draws)))
     providers = {path: None for _, module, site in built for path in _surroundings(site, modules, module)}
     delta = Delta(name=name, model=model, parts=parts)
     delta.providers = tuple(providers)
+    delta.prompted = tuple(dict.fromkeys(site.path for _, _, site in built if "prompt" in site.bound.ports))
     for part, module, site in built:
         part.sites.append((module, site))
     _find_removed(parts)
     acting = active_names(home)
     check_conflicts([*(d for n, d in home.items() if n in acting), delta][: None if active else -1])
     home[name] = delta
+    home.agreeing.clear()
     model.__dict__[REGISTRY] = home
     for _, module, site in built:
         add_site(module, site, home.switch)
     give(modules, providers)
+    home.undo += _unnested(modules, {site.path for _, _, site in built})
+    _hear(modules, delta.prompted)
     if frozen:
         freeze(model, home)
     if active:
@@ -198,9 +167,9 @@ def attach_parts(
     return delta
 
 
-def _module(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
-    module = modules.get(path) if path else None
-    if module is None:
+def _place(modules: Mapping[str, nn.Module], path: str) -> Place:
+    place = place_of(modules, path)
+    if place is None:
         near = difflib.get_close_matches(path, list(modules), 3, cutoff=0.5)
         raise TargetError(
             "E_TARGET_MISSING",
@@ -209,54 +178,173 @@ def _module(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
             expected=", ".join(near) or None,
             hint="check that the delta was made for this architecture",
         )
-    return module
+    return place
+
+
+def _facts(part: Part, path: str, place: Place) -> tuple[HostShape, View]:
+    """The host as the part's kind sees it: some of its outputs, or one map of its stack."""
+    module = place.module
+    slot = slot_of(module)
+    base = slot.base if slot is not None else type(module)
+    view: View = place.view or (slot.view if slot is not None else view_of(module))
+    shape = shape_of(module, base, part.kind.hosts, view.shape(module, base))
+    shape = prompting.shape_of(module, base, part.kind.hosts, shape)
+    stack = 0 if place.view is None else place.view.stack(module)
+    if stack != part.stack:
+        raise HostError(
+            "E_HOST_STACK",
+            "this host is another number of linear maps than the delta was made for",
+            where=path,
+            expected=part.stack or "one that is no stack",
+            found=stack or "no stack",
+        )
+    if part.rows is None:
+        return shape, view
+    if shape.family != "linear" or shape.d_out is None:
+        raise HostError("E_HOST_ROWS", "only a linear host has rows", where=path, found=shape.family)
+    return replace(shape, d_out=part.rows.count(shape.d_out, path)), view
 
 
 def _build(
     delta: str,
     part: Part,
     path: str,
-    module: nn.Module,
-    known: dict[HostShape, tuple[Bound, Mapping[str, TensorSpec]]],
+    place: Place,
+    known: dict[object, tuple[Bound, Mapping[str, TensorSpec]]],
     dtype: torch.dtype | None,
-    generator: torch.Generator,
+    draws: Draws,
 ) -> Site:
+    module = place.module
     slot = slot_of(module)
     base = slot.base if slot is not None else type(module)
-    view = slot.view if slot is not None else view_of(module)
-    shape = shape_of(module, base, part.kind.hosts, view.shape(module, base))
+    shape, view = _facts(part, path, place)
     given = None if part.tensors is None else part.tensors[path]
+    runs, whole = place.view is None, part.rows is None
     try:
-        if given is not None:
-            shapes = {n: tuple(t.shape) for n, t in given.items()}
-            shape = part.kind.bind(part.config, shape, shapes)
-            part.kind.tensors(part.config, shape, known=shapes)
-        if shape not in known:
-            known[shape] = Bound(part.kind, part.config, shape), part.kind.tensors(part.config, shape)
-        bound, specs = known[shape]
+        alike = (shape, runs) if given is None else (shape, runs, *((n, t.shape) for n, t in given.items()))
+        if alike not in known:
+            shapes = {n: _of_one(n, tuple(t.shape), part.stack) for n, t in (given or {}).items()}
+            shape = part.kind.bind(part.config, shape, shapes) if given is not None else shape
+            specs = part.kind.tensors(part.config, shape, known=shapes)
+            if (shape, runs) not in known:
+                known[shape, runs] = Bound(part.kind, part.config, shape, runs=runs, whole=whole), specs
+            known[alike] = known[shape, runs]
+        bound, specs = known[alike]
         check_bias(bound.ports, module, base, path)
+        _check_place(bound, place, path)
     except KindError as error:
         error.where = f"{path} ({base.__name__}), {error.where}" if error.where else f"{path} ({base.__name__})"
         raise
     weight = None if view is BLOCK else view.weight(module)
+    if shape.family == "transformer":
+        weight = EMBEDDING.weight(prompting.embedding_of(module))
     like = weight if weight is not None else next(module.parameters(), None)
     device = like.device if like is not None else torch.device("cpu")
-    floating = like is not None and like.is_floating_point()
-    tensors: dict[str, Tensor] = {}
+    if given is None:
+        tensors = _fresh(part, specs, like, weight, view.bias(module), dtype, draws)
+    else:
+        tensors = {
+            name: given[name].to(device=device, dtype=dtype if given[name].is_floating_point() else None)
+            for name in specs
+        }
     for name, spec in specs.items():
-        if given is None:
-            wanted = dtype or (like.dtype if like is not None and floating else torch.get_default_dtype())
-            bias = view.bias(module)
-            value = part.kind.init(spec, generator, W=weight, b=bias, dtype=wanted, device=device)
-        else:
-            value = given[name].to(device=device, dtype=dtype if given[name].is_floating_point() else None)
-        trainable = spec.trainable and value.is_floating_point()
-        tensors[name] = nn.Parameter(value) if trainable else value
-    return Site(delta=delta, module=part.name, path=path, bound=bound, tensors=tensors, dropout=part.dropout)
+        if spec.trainable and tensors[name].is_floating_point():
+            tensors[name] = nn.Parameter(tensors[name])
+    return Site(
+        delta=delta,
+        module=part.name,
+        path=path,
+        bound=bound,
+        tensors=tensors,
+        dropout=part.dropout,
+        view=place.view,
+        rows=part.rows,
+        stack=part.stack,
+    )
+
+
+def _check_place(bound: Bound, place: Place, path: str) -> None:
+    """Refuse to add a bias where a module computes with a parameter that has none beside it."""
+    if place.view is not None and "bias" in bound.ports and not place.view.takes_bias(place.module):
+        raise HostError(
+            "E_HOST_NO_BIAS",
+            "this parameter has no bias of its own, so a delta that changes one cannot act on it",
+            where=path,
+            hint="use the kind without its bias, or another target",
+        )
+
+
+def _of_one(name: str, shape: tuple[int, ...], stack: int) -> tuple[int, ...]:
+    """The shape of a tensor for one map of a stack."""
+    if not stack:
+        return shape
+    if shape[:1] != (stack,):
+        raise KindError(
+            "E_KIND_SHAPE",
+            f"tensor {name!r} does not have one of itself for every linear map of its host",
+            expected=f"[{stack}, ...]",
+            found=list(shape),
+        )
+    return shape[1:]
+
+
+def _fresh(
+    part: Part,
+    specs: Mapping[str, TensorSpec],
+    like: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype | None,
+    draws: Draws,
+) -> dict[str, Tensor]:
+    """New tensors, map by map of a stack."""
+    device = like.device if like is not None else torch.device("cpu")
+    wanted = dtype or (like.dtype if like is not None and like.is_floating_point() else torch.get_default_dtype())
+    if part.rows is not None:
+        weight = None if weight is None else part.rows.take(weight, -2)
+        bias = None if bias is None else part.rows.take(bias, -1)
+    made: dict[str, Tensor] = {}
+    for name, spec in specs.items():
+        each = [
+            part.kind.init(
+                spec,
+                draws,
+                W=weight if weight is None or not part.stack else weight[i],
+                b=bias if bias is None or not part.stack else bias[i],
+                dtype=wanted,
+                device=device,
+            )
+            for i in range(part.stack or 1)
+        ]
+        made[name] = torch.stack(each) if part.stack else each[0]
+    return made
+
+
+def _hear(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> None:
+    for path in paths:
+        prompting.hear(modules, path)
+
+
+def _unnested(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> list[Callable[[], None]]:
+    """Let encoders of torch run their layers on plain tensors, which is all that layers with sites can take."""
+    undo: list[Callable[[], None]] = []
+    around = {path[:at] for path in paths for at, c in enumerate(path) if c == "."} | {""}
+    for path in sorted(around):
+        encoder = modules.get(path)
+        if isinstance(encoder, nn.TransformerEncoder) and getattr(encoder, "use_nested_tensor", False):
+            encoder.use_nested_tensor = False
+            undo.append(functools.partial(_nest, encoder))
+    return undo
+
+
+def _nest(encoder: nn.TransformerEncoder) -> None:
+    encoder.use_nested_tensor = True
 
 
 def _surroundings(site: Site, modules: Mapping[str, nn.Module], module: nn.Module) -> list[str]:
     """Who tells a site what its equations ask of the surroundings; refused before anything runs where nobody can."""
+    if not site.bound.severs and not site.bound.context:
+        return []
     slot = slot_of(module)
     base, view = (type(module), view_of(module)) if slot is None else (slot.base, slot.view)
     if site.bound.severs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,7 +12,8 @@ from torch import nn
 
 from deltahub.errors import InjectionError, UsageError
 from deltahub.mixing import check_mixable, is_mixed, mixed_key, rows_of
-from deltahub.sites import SITE_PREFIX, Part, Site, Switch
+from deltahub.sites import Part, Site, Switch
+from deltahub.targets import backbone_modules
 
 __all__ = [
     "REGISTRY",
@@ -51,6 +53,10 @@ class Registry(dict[str, Any]):
         self.undo: list[Callable[[], None]] = []
         self.backbone: Any = None
         """The backbone section of the manifest that the model was loaded from, if it was."""
+        self.merged: set[str] = set()
+        """Deltas that are in the backbone's weights now."""
+        self.agreeing: set[tuple[str, ...]] = set()
+        """Lists of deltas that were found to act together without conflict; forgotten when a delta comes or goes."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return (Registry, (), self.__dict__, None, iter(self.items()))
@@ -84,7 +90,7 @@ def activate(home: Registry, names: Sequence[str], *, check: bool = True) -> Non
     """
     require_unmixed(home)
     if check:
-        check_conflicts([home[name] for name in names])
+        check_together(home, names)
     home.switch.choose("\n".join(names))
 
 
@@ -105,6 +111,21 @@ def _claims(site: Site) -> list[str]:
     return [*claims, f"{site.path} (replaced)"] if "replace" in ports else claims
 
 
+def _meet(one: Site, other: Site) -> bool:
+    """Whether two sites on one host have an output in common."""
+    if one.rows is None or other.rows is None:
+        return True
+    return one.rows.meets(other.rows, math.lcm(one.rows.period, other.rows.period))
+
+
+def check_together(home: Registry, names: Sequence[str]) -> None:
+    """:func:`check_conflicts` of attached deltas; their sites are looked at once for each list of names."""
+    key = tuple(names)
+    if key not in home.agreeing:
+        check_conflicts([home[name] for name in names])
+        home.agreeing.add(key)
+
+
 def check_conflicts(chosen: Iterable[Attached]) -> None:
     """Refuse deltas that cannot act together.
 
@@ -114,20 +135,22 @@ def check_conflicts(chosen: Iterable[Attached]) -> None:
         InjectionError: ``E_INJECTION_CONFLICT``.
     """
     parts = [(f"{delta.name}/{part.name}", part) for delta in chosen for part in delta.parts]
-    owner: dict[str, str] = {}
+    owners: dict[str, list[tuple[str, Site]]] = {}
     for me, part in parts:
         for _, site in part.sites:
             for claim in _claims(site):
-                if claim in owner:
-                    _conflict(me, owner[claim], claim)
-                owner[claim] = me
+                before = owners.setdefault(claim, [])
+                for other, theirs in before:
+                    if _meet(site, theirs):
+                        _conflict(me, other, claim)
+                before.append((me, site))
     removed = {parameter: me for me, part in parts for parameter in part.removes}
     if not removed:
         return
     for me, part in parts:
         for _, site in part.sites:
             for parameter, other in removed.items():
-                if other != me and parameter.rpartition(".")[0] == site.path:
+                if other != me and site.path in {parameter, parameter.rpartition(".")[0]}:
                     _conflict(me, other, parameter)
 
 
@@ -171,13 +194,13 @@ def using(model: nn.Module, *names: str | Sequence[Row]) -> Iterator[nn.Module]:
     sets = {tuple(dict.fromkeys(row)) for row in rows}
     for name in dict.fromkeys(name for row in rows for name in row):
         _lookup(home, name)
-    resting = [d.name for d in home.values() if d.merged and any(d.name not in row for row in sets)]
+    resting = sorted(name for name in home.merged if any(name not in row for row in sets))
     if resting:
         raise InjectionError(
             "E_INJECTION_MERGED", "a merged delta cannot rest", found=", ".join(resting), hint="unmerge it first"
         )
     for row in sets:
-        check_conflicts([home[name] for name in row])
+        check_together(home, row)
     if names and not isinstance(names[0], str):
         check_mixable([s for n in {n for r in sets for n in r} for p in home[n].parts for _, s in p.sites])
         home.switch.enter(mixed_key([list(dict.fromkeys(row)) for row in rows]))
@@ -220,15 +243,26 @@ def _lookup(home: Mapping[str, Any], name: str) -> Any:
 def thaw(model: nn.Module, home: Registry) -> None:
     """Give every parameter of the backbone the ``requires_grad`` that it had before the first delta."""
     if home.frozen is not None:
-        for name, parameter in model.named_parameters():
+        for name, parameter in _parameters(model):
             if name in home.frozen:
                 parameter.requires_grad_(home.frozen[name])
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The backbone's own parameters, each once."""
+    seen: set[int] = set()
+    for path, module in backbone_modules(model).items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{path}.{name}" if path else name, parameter
 
 
 def freeze(model: nn.Module, home: Registry) -> None:
     """Freeze the backbone once, and remember what was trainable."""
     if home.frozen is None:
-        named = [(n, p) for n, p in model.named_parameters() if SITE_PREFIX not in n]
-        home.frozen = {name: parameter.requires_grad for name, parameter in named}
-        for _, parameter in named:
-            parameter.requires_grad = False
+        home.frozen = {}
+        for name, parameter in _parameters(model):
+            home.frozen[name] = parameter.requires_grad
+            if parameter.requires_grad:
+                parameter.requires_grad = False

@@ -19,8 +19,10 @@ from deltahub.composition import (
 )
 from deltahub.contexts import withdraw
 from deltahub.errors import InjectionError, UsageError
-from deltahub.injection import merge_slot, remove_site, slot_of
+from deltahub.injection import merge_slot, parameter_of, remove_site, slot_of
+from deltahub.prompting import unhear
 from deltahub.sites import SITE_PREFIX, Part, Site
+from deltahub.targets import backbone_modules
 
 if TYPE_CHECKING:
     import os
@@ -40,6 +42,8 @@ class Delta:
         self._model = model
         self.providers: tuple[str, ...] = ()
         """Paths of the modules that tell its sites what their equations ask of the surroundings."""
+        self.prompted: tuple[str, ...] = ()
+        """Paths of the transformers before whose tokens it puts something."""
         self.report: object = None
         """How it was loaded: a :class:`deltahub.loading.LoadReport`, for a delta that came from a package."""
 
@@ -99,12 +103,16 @@ class Delta:
 
     @property
     def merged(self) -> bool:
-        return any(site.merged for site in self.sites)
+        home = registry(self._model)
+        if home is None or home.get(self.name) is not self:  # one that was merged for good
+            return any(site.merged for site in self.sites)
+        return self.name in home.merged
 
     def enable(self) -> Delta:
         """Let the delta act, beside those that are active already."""
         home = self._home
-        activate(home, [name for name in home if name == self.name or name in active_names(home)])
+        acting = {*active_names(home), self.name}
+        activate(home, [name for name in home if name in acting])
         return self
 
     def disable(self) -> Delta:
@@ -129,6 +137,10 @@ class Delta:
         number = float(value)
         if not math.isfinite(number):
             raise UsageError("E_USAGE_SCALE", "a scale must be a finite number", found=value)
+        if self.prompted and number not in {0.0, 1.0}:
+            raise UsageError(
+                "E_USAGE_SCALE", "a prompt is there or not there", expected="a scale of 0 or 1", found=number
+            )
         home = self._home
         again = self.merged
         if again:
@@ -139,6 +151,41 @@ class Delta:
         home.switch.strength[self.name] = number
         if again:
             self.merge()
+
+    def swap(self, other: Delta) -> Delta:
+        """Exchange tensors with another delta of this model that has the same modules, configs and shapes.
+
+        Nothing is copied and no plan is made anew, so a model compiled with ``torch.compile`` goes on with the other
+        delta's numbers and is not compiled again; switching by name compiles once for each set of active deltas.
+        Names, scales and what is active stay; the tensors (with their gradients) and the reports change places.
+
+        Args:
+            other: an attached delta; typically a resident one that does not act.
+
+        Raises:
+            InjectionError: ``E_INJECTION_UNLIKE`` where the two differ in more than their numbers,
+                ``E_INJECTION_MERGED`` while one of them is merged.
+        """
+        self._home, other._home  # noqa: B018 - both must be attached
+        if self.merged or other.merged:
+            raise InjectionError(
+                "E_INJECTION_MERGED", "a merged delta cannot be exchanged", hint="unmerge it first", found=self.name
+            )
+        mine, theirs = self.sites, other.sites
+        unlike = next((a for a, b in zip(mine, theirs, strict=False) if _layout(a) != _layout(b)), None)
+        if unlike is not None or len(mine) != len(theirs) or self._model is not other._model:
+            raise InjectionError(
+                "E_INJECTION_UNLIKE",
+                f"{self.name!r} and {other.name!r} differ in more than their numbers",
+                where=None if unlike is None else unlike.path,
+                hint="switch with `deltahub.using`, or enable and disable them",
+            )
+        for a, b in zip(mine, theirs, strict=True):
+            for one, two in ((a._parameters, b._parameters), (a._buffers, b._buffers)):
+                for name in one:
+                    one[name], two[name] = two[name], one[name]
+        self.report, other.report = other.report, self.report
+        return self
 
     # --- merging
     def merge(self, *, permanently: bool = False) -> Delta:
@@ -182,6 +229,7 @@ class Delta:
                 before = {s.delta for s in slot.sites if s.merged}
                 merge_slot(module, names)
                 done.append((module, before))
+            self._home.merged = names
         except BaseException:
             for module, before in reversed(done):
                 merge_slot(module, before)
@@ -204,9 +252,9 @@ class Delta:
                         counts.setdefault(id(p), []).append(f"{path}.{name}")
         for part in self.parts:
             for module, site in part.sites:
-                for name in ("weight", "bias"):
-                    p = module._parameters.get(name)
-                    if p is not None and name in site.bound.ports and len(counts.get(id(p), ())) > 1:
+                for port, name in zip(("weight", "bias"), site.parameters_there, strict=False):
+                    p = parameter_of(module, name)
+                    if p is not None and port in site.bound.ports and len(counts.get(id(p), ())) > 1:
                         raise InjectionError(
                             "E_INJECTION_TIED",
                             "merging would change another module too: the weight is tied",
@@ -232,9 +280,13 @@ class Delta:
             for module, site in part.sites:
                 remove_site(module, site)
         del home[self.name]
+        home.merged.discard(self.name)
+        home.agreeing.clear()
         if self.providers:
             others = {path for d in home.values() for path in d.providers}
-            withdraw(dict(self._model.named_modules()), set(self.providers) - others)
+            withdraw(backbone_modules(self._model), set(self.providers) - others)
+        for path in set(self.prompted) - {path for d in home.values() for path in d.prompted}:
+            unhear(backbone_modules(self._model), path)
         home.switch.strength.pop(self.name, None)
         activate(home, [name for name in active_names(home) if name != self.name], check=False)
         if not home:
@@ -249,6 +301,13 @@ class Delta:
     def push(self, repo_id: str, **options: Any) -> PushResult:
         """Publish this delta alone; see :func:`push` for the options."""
         return push(self, repo_id, **options)
+
+
+def _layout(site: Site) -> tuple[object, ...]:
+    """All that a forward pass depends on besides the numbers."""
+    bound = site.bound
+    facts = [(t.shape, t.dtype, t.device, t.requires_grad) for t in site.tensors()]
+    return (site.path, bound.kind, bound.config, bound.shape, site.names, site.mixed, facts)
 
 
 def save(model: nn.Module | Delta, directory: str | os.PathLike[str], **options: Any) -> Package:

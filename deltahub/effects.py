@@ -46,10 +46,11 @@ def _on_parameters(module: nn.Module, site: Site) -> float:
     slot = slot_of(module)
     assert slot is not None
     with torch.no_grad():
-        weight, bias = slot.transformed(module, [site])
-        before = slot.view.bias(module)
+        view = site.view or slot.view
+        weight, bias = slot.transformed(module, [site], view)
+        before = view.bias(module)
         added = bias if bias is None or before is None else bias.float() - before.float()
-        return _greatest(weight.float() - slot.view.weight(module).float(), added)
+        return _greatest(weight.float() - view.weight(module).float(), added)
 
 
 def _live(model: nn.Module, module: nn.Module, site: Site) -> float:

@@ -10,7 +10,7 @@ and no weight that a delta may touch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from deltahub.errors import HostError
 from deltahub.kinds.host_shape import HostShape
 
-__all__ = ["BLOCK", "CONV", "CONV1D", "EMBEDDING", "LINEAR", "NORM", "View", "block_width", "view_of"]
+__all__ = ["BLOCK", "CONV", "CONV1D", "EMBEDDING", "LINEAR", "NORM", "View", "block_width", "shadow_of", "view_of"]
 
 _CONV1D_NAMES = frozenset({"transformers.pytorch_utils.Conv1D"})
 """GPT-2's linear layer, recognised by name so that transformers is never imported for it."""
@@ -36,11 +36,16 @@ def _call_with(module: nn.Module, base: type[nn.Module], parameters: dict[str, T
     A shadow object shares everything but the parameter dictionary, so the call is pure: threads, ``vmap``,
     ``torch.compile`` and ``torch.export`` see no mutation.
     """
+    return cast(Tensor, base.forward(shadow_of(module, base, parameters), x))
+
+
+def shadow_of(module: nn.Module, base: type[nn.Module], parameters: Mapping[str, Tensor | None]) -> nn.Module:
+    """An object like a module, of the class that it had before any delta, with other parameters."""
     shadow = object.__new__(base)
     state = dict(module.__dict__)
     state["_parameters"] = {**module._parameters, **parameters}
     shadow.__dict__.update(state)
-    return cast(Tensor, base.forward(shadow, x))
+    return shadow
 
 
 class View:
@@ -53,6 +58,9 @@ class View:
 
     weight_name: str | None = "weight"
     """The name under which the module stores what :meth:`weight` returns; ``None`` where there is none."""
+
+    bias_name: str | None = "bias"
+    """The same of :meth:`bias`."""
 
     def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:
         raise NotImplementedError

@@ -24,9 +24,11 @@ from deltahub.contexts import CARRIED, Block, block_of
 from deltahub.errors import HostError, InjectionError
 from deltahub.hosts import BLOCK
 from deltahub.mixing import MixedPlan
+from deltahub.places import ParameterView
+from deltahub.prompting import Prompted, transformer_of
 from deltahub.sites import Plan, Site, Slot, Switch
 
-__all__ = ["add_site", "hosted", "merge_slot", "remove_site", "slot_of"]
+__all__ = ["add_site", "hosted", "merge_slot", "parameter_of", "remove_site", "slot_of"]
 
 
 @functools.cache
@@ -37,6 +39,7 @@ def hosted(base: Any) -> type[nn.Module]:
     block = block_of(base)
     original = base.forward
     attend = attending(original) if attention_of(base) is not None else None
+    transformer = transformer_of(base)
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -44,19 +47,25 @@ def hosted(base: Any) -> type[nn.Module]:
         context = kwargs.pop(CARRIED) if CARRIED in kwargs else {}
         if plan is None:
             return original(self, *args, **kwargs)
-        if args:
+        if transformer is not None and kwargs.get("inputs_embeds") is not None:
+            kwargs = {name: value for name, value in kwargs.items() if name != first}
+            x, rest = kwargs.pop("inputs_embeds"), args[1:]
+        elif args:
             x, rest = args[0], args[1:]
         elif first in kwargs:
             kwargs = dict(kwargs)
             x, rest = kwargs.pop(first), ()
         else:
             raise HostError("E_HOST_NO_INPUT", "a hosted module was called without an input", where=base.__name__)
+        runs = plan.acting(self)
         if not rest and not kwargs and plan.slot.view is not BLOCK:
-            return plan.run(self, functools.partial(original, self), x)
+            return plan.run(self, functools.partial(original, runs), x)
         if block is not None and _severed(plan):
             _check_heeded(block, dict(zip(names, rest, strict=False)) | kwargs if rest else kwargs, x)
         run = attend if attend is not None and (plan.attended or plan.rescored) else original
-        return _run_block(plan, x, _Body(self, run, rest, kwargs, context))
+        if transformer is not None:
+            run = Prompted(original, transformer, names, plan, whole=self._deltahub.read or "labels" in context)
+        return _run_block(plan, self, x, _Body(runs, run, rest, kwargs, context))
 
     namespace = {
         "forward": forward,
@@ -112,9 +121,9 @@ def _severed(plan: Plan | MixedPlan) -> bool:
     return plan.severed
 
 
-def _run_block(plan: Plan | MixedPlan, x: Any, body: _Body) -> Any:
+def _run_block(plan: Plan | MixedPlan, module: nn.Module, x: Any, body: _Body) -> Any:
     if isinstance(plan, MixedPlan):
-        y = plan.run(body.module, body, x, together=True)
+        y = plan.run(module, body, x, together=True)
         if len(body.whole) > 1 and not isinstance(body.whole[-1], Tensor):
             raise InjectionError(
                 "E_INJECTION_ROWS",
@@ -122,7 +131,7 @@ def _run_block(plan: Plan | MixedPlan, x: Any, body: _Body) -> Any:
                 where=plan.path,
             )
     else:
-        y = plan.run(body.module, body, x)
+        y = plan.run(module, body, x)
     return _with_first(body.whole[-1], y) if body.whole else y
 
 
@@ -188,7 +197,7 @@ def add_site(module: nn.Module, site: Site, switch: Switch) -> None:
         module.__dict__["_deltahub"] = slot
         object.__setattr__(module, "__class__", hosted(cast(Any, slot.base)))
     site.__dict__["training"] = module.training  # past nn.Module's own setattr, which looks for parameters
-    slot.sites.append(site)
+    slot.named.setdefault(site.delta, []).append(site)
     slot.plans.clear()
     module._modules[site.key] = site
 
@@ -196,12 +205,14 @@ def add_site(module: nn.Module, site: Site, switch: Switch) -> None:
 def remove_site(module: nn.Module, site: Site) -> None:
     """Take a site off; the last one restores the host's class."""
     slot = slot_of(module)
-    if slot is None or site not in slot.sites:
+    if slot is None or site not in slot.named.get(site.delta, ()):
         return
-    slot.sites.remove(site)
+    slot.named[site.delta].remove(site)
+    if not slot.named[site.delta]:
+        del slot.named[site.delta]
     slot.plans.clear()
     del module._modules[site.key]
-    if not slot.sites:
+    if not slot.named:
         del module.__dict__["_deltahub"]
         module.__class__ = slot.base
 
@@ -220,37 +231,54 @@ def merge_slot(module: nn.Module, merged: set[str]) -> None:
     slot = slot_of(module)
     assert slot is not None
     dual = [s for s in slot.sites if s.bound.mergeable]
-    chosen = [s for s in dual if s.delta in merged]
-    if dual[: len(chosen)] != chosen:
-        blocking = next(s for s in dual if s.delta not in merged)
+    views = list(dict.fromkeys(s.view for s in dual))
+    chosen = {view: _chosen(module, dual, merged, view) for view in views}
+    if slot.kept is not None:
+        _put(module, slot.kept)
+        slot.kept = None
+    kept: dict[str, Tensor | None] = {}
+    new: dict[str, Tensor | None] = {}
+    for view, sites in chosen.items():
+        if not sites:
+            continue
+        seen, names = view or slot.view, sites[0].parameters_there
+        own = {name: parameter_of(module, name) for name in names}
+        with torch.no_grad():
+            weight, bias = slot.merged(module, sites, seen)
+            values = dict(zip(names, (seen.stored(weight).contiguous(), bias), strict=False))
+            _check_finite(own, values, f"{sites[0].path} ({slot.base.__name__})")
+        kept |= own
+        new |= values
+    if new:
+        slot.kept = {k: None if v is None else v.detach() for k, v in kept.items()}
+        _put(module, new)
+    for site in dual:
+        site.merged = site in chosen[site.view]
+    slot.plans.clear()
+
+
+def _chosen(module: nn.Module, dual: list[Site], merged: set[str], view: ParameterView | None) -> list[Site]:
+    """The sites on one weight that are to be in it; refused where one before them stays live."""
+    slot = cast(Slot, slot_of(module))
+    here = [s for s in dual if s.view == view]
+    chosen = [s for s in here if s.delta in merged]
+    if here[: len(chosen)] != chosen:
+        blocking = next(s for s in here if s.delta not in merged)
         raise InjectionError(
             "E_INJECTION_MERGE_ORDER",
             f"delta {blocking.delta!r} acts on this module's weight before the one to be merged",
             where=blocking.path,
             hint=f"merge {blocking.delta!r} first, or both together",
         )
-    view = slot.view
-    if any("bias" in s.bound.ports for s in chosen) and not view.takes_bias(module):
-        raise HostError(
-            "E_HOST_NO_BIAS",
-            "this module has no place for a bias, so a delta that adds one cannot be merged into it",
-            where=f"{chosen[0].path} ({slot.base.__name__})",
-            hint="keep the delta live, or leave this module out of its targets",
-        )
-    if slot.kept is not None:
-        _put(module, slot.kept)
-        slot.kept = None
-    if chosen:
-        kept = {name: cast("Tensor | None", module._parameters.get(name)) for name in ("weight", "bias")}
-        with torch.no_grad():
-            weight, bias = slot.merged(module, chosen)
-            new: dict[str, Tensor | None] = {"weight": view.stored(weight).contiguous(), "bias": bias}
-            _check_finite(kept, new, f"{chosen[0].path} ({slot.base.__name__})")
-        slot.kept = {k: None if v is None else v.detach() for k, v in kept.items()}
-        _put(module, new)
-    for site in dual:
-        site.merged = site in chosen
-    slot.plans.clear()
+    for site in chosen:
+        if "bias" in site.bound.ports and not (view or slot.view).takes_bias(module):
+            raise HostError(
+                "E_HOST_NO_BIAS",
+                "this module has no place for a bias, so a delta that adds one cannot be merged into it",
+                where=f"{site.path} ({slot.base.__name__})",
+                hint="keep the delta live, or leave this module out of its targets",
+            )
+    return chosen
 
 
 def _check_finite(before: Mapping[str, Tensor | None], after: Mapping[str, Tensor | None], where: str) -> None:
@@ -275,13 +303,26 @@ def _finite(value: Tensor) -> bool:
     return bool(torch.isfinite(least) & torch.isfinite(greatest))
 
 
+def _holder(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and its name there."""
+    inner, _, last = name.rpartition(".")
+    return module.get_submodule(inner), last
+
+
+def parameter_of(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter by its name below a module; ``None`` where there is none."""
+    holder, last = _holder(module, name)
+    return cast("Tensor | None", holder._parameters.get(last))
+
+
 def _put(module: nn.Module, values: Mapping[str, Tensor | None]) -> None:
     """Set the data of a module's own parameters; the ``Parameter`` objects stay, so that references to them hold."""
-    for name, value in values.items():
-        parameter = module._parameters.get(name)
+    for full, value in values.items():
+        holder, name = _holder(module, full)
+        parameter = holder._parameters.get(name)
         if parameter is not None and value is not None:
             parameter.data = value.data
         elif value is not None:
-            module._parameters[name] = nn.Parameter(value, requires_grad=False)
-        elif name in module._parameters:
-            module._parameters[name] = None
+            holder._parameters[name] = nn.Parameter(value, requires_grad=False)
+        elif name in holder._parameters:
+            holder._parameters[name] = None

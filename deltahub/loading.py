@@ -19,12 +19,13 @@ from torch import nn
 
 from deltahub import identity
 from deltahub.attaching import attach_parts
-from deltahub.backbones import apply_settings, assemble, build, denoiser_of, require_covered, resolve
+from deltahub.backbones import DENOISERS, apply_settings, assemble, build, denoiser_of, require_covered, resolve
 from deltahub.composition import REGISTRY, registry, using
 from deltahub.effects import effect_of
 from deltahub.errors import PackageError, printable
 from deltahub.hub import PulledPackage, pull
 from deltahub.package import Package, Probe
+from deltahub.places import Rows
 from deltahub.saving import make_probe
 from deltahub.sites import Part
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from deltahub.manifest import Manifest
     from deltahub.sign import Policy, Signature
 
-__all__ = ["LoadReport", "VerifyReport", "load", "verify"]
+__all__ = ["LoadReport", "VerifyReport", "load", "replay", "verify"]
 
 logger = logging.getLogger("deltahub")
 
@@ -108,7 +109,8 @@ def load(
 
     Args:
         source: ``user/delta``, ``user/delta@revision``, ``hf://user/delta@revision/sub/folder``, a local folder, or a
-            URL of a mirror.
+            URL of a mirror. An adapter of PEFT in a folder or on the Hub will do: it becomes a package on the way,
+            and the report says what of it nobody can check.
         backbone: a live model, a folder, or another Hub id; by default the manifest's own source.
         revision: branch, tag or commit of the package.
         verify: how the backbone is checked: ``"touched"`` (the tensors the delta sits on), ``"full"``,
@@ -127,6 +129,9 @@ def load(
         policy: who must have signed what.
         allow_pickle: accept a backbone that has no safetensors files.
         allow_nonfinite: accept NaN and infinities in the delta's tensors.
+
+    A package's file of a megabyte or more is hashed when it is first loaded, and again only when its path, inode, size
+    or times are others; with ``verify="full"``, ``lock`` or ``policy``, and by :func:`verify`, it always is.
 
     Returns:
         The backbone itself, in evaluation mode, with the delta attached; see :func:`deltahub.deltas`. A delta that was
@@ -155,6 +160,7 @@ def load(
         policy=policy,
         allow_pickle=allow_pickle,
         allow_nonfinite=allow_nonfinite,
+        remember=verify != "full" and lock is None and policy is None,
     )
     if merge:
         try:
@@ -185,8 +191,12 @@ def _load(
     policy: Policy | None = None,
     allow_pickle: bool = False,
     allow_nonfinite: bool = False,
+    remember: bool = False,
 ) -> tuple[nn.Module, Delta, Package]:
-    """The work of :func:`load`, with the handle and the package."""
+    """The work of :func:`load`, with the handle and the package.
+
+    With ``remember``, a large file of the package is hashed once and not again while it is the same file.
+    """
     pulled = pull(
         source,
         revision=revision,
@@ -198,7 +208,13 @@ def _load(
         policy=policy,
         hash_local=False,
     )
-    package = Package.open(pulled.path, root=pulled.root, allow_nonfinite=allow_nonfinite)
+    package = Package.open(
+        pulled.path,
+        root=pulled.root,
+        allow_nonfinite=allow_nonfinite,
+        parsed=(pulled.manifest, pulled.sha256),
+        remember=remember,
+    )
     if package.manifest != pulled.manifest:  # signatures and locks speak of what was read first
         raise PackageError("E_PACKAGE_CHANGED", "the manifest was changed while it was loaded", where=pulled.path)
     fetching = {"endpoint": endpoint, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -262,7 +278,7 @@ def _backbone(
     level = None if verify is None else _LEVELS.get(verify) or identity.Level.named(verify)
     section = manifest.backbone
     report = None
-    live = denoiser_of(given)
+    live = denoiser_of(given, None if section.source is None else section.source.subfolder)
     given = given if live is None else live[1]
     if isinstance(given, nn.Module):
         if level is not None:
@@ -285,11 +301,12 @@ def _backbone(
 def _pipeline(manifest: Manifest, given: Any, model: nn.Module, fetching: Mapping[str, Any]) -> Any:
     """The model itself; or the pipeline around it, where the delta was published for one or one was given."""
     source = {} if manifest.backbone.source is None else manifest.backbone.source.model_dump(by_alias=True)
-    live = denoiser_of(given)
+    live = denoiser_of(given, source.get("subfolder"))
     if live is None and (isinstance(given, nn.Module) or not source.get("pipeline")):
         return model
     found = assemble(source, model, **fetching) if live is None else given
-    found.__dict__[REGISTRY] = model.__dict__.get(REGISTRY)  # so that `deltas` and `using` take the pipeline
+    if source.get("subfolder") in DENOISERS or REGISTRY not in found.__dict__:  # a text encoder's deltas are its own
+        found.__dict__[REGISTRY] = model.__dict__.get(REGISTRY)  # so that `deltas` and `using` take the pipeline
     return found
 
 
@@ -298,7 +315,8 @@ def _overwritten(manifest: Manifest, model: nn.Module) -> set[str]:
     named = dict(model.named_modules())
     found: set[str] = set()
     for module in manifest.modules:
-        for path in module.paths if module.kind == "assign" else ():
+        whole = module.kind == "assign" and module.rows is None
+        for path in module.paths if whole else ():
             if path in named:
                 found |= {f"{path}.{name}" for name, value in named[path]._parameters.items() if value is not None}
         found |= set(module.removes or ())
@@ -315,6 +333,8 @@ def _inject(model: nn.Module, package: Package, name: str, dtype: torch.dtype | 
             paths=module.paths,
             tensors=package.tensors(module.name),
             removes=module.removes or (),
+            rows=None if module.rows is None else Rows.of(module.rows.numbers),
+            stack=module.stack or 0,
         )
         for module in package.manifest.modules
     ]

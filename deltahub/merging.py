@@ -8,8 +8,8 @@ blocks are taken depends on shapes alone; so a merge in memory and a merge from 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -24,6 +24,7 @@ from deltahub.kinds.tree import Binary, Call, Name, Negative, Node, Number, Prog
 
 if TYPE_CHECKING:
     from deltahub.kinds import Port
+    from deltahub.places import Rows
 
 __all__ = ["Change", "Merging", "at_once", "blend", "stored_transposed"]
 
@@ -47,6 +48,8 @@ class Change:
         ports: the compiled equations.
         tensors: in the order of the document; in any floating dtype.
         strength: interpolates between what was and what becomes, where it is not 1.
+        rows: the outputs that it acts on; ``None`` for all.
+        stack: how many linear maps the weight is; each tensor then has an axis of this length before its own.
     """
 
     kind: _Described
@@ -56,6 +59,31 @@ class Change:
     names: Sequence[str]
     tensors: Sequence[Tensor]
     strength: float = 1.0
+    rows: Rows | None = None
+    stack: int = 0
+
+    def one(self, index: int) -> Change:
+        """What it is to one map of its stack."""
+        return replace(self, tensors=[tensor[index] for tensor in self.tensors], stack=0)
+
+    def new(self, port: str, host: Any, w: Tensor, b: Tensor | None) -> Tensor:
+        """What its equation makes of a weight (``weight``) or a bias (``bias``), the rest of which stays."""
+        value = w if port == "weight" else b
+        assert value is not None
+        axis = value.ndim - (2 if port == "weight" else 1)
+        own_w, own_b = w, b
+        if self.rows is not None:
+            own_w = self.rows.take(w, -2)
+            own_b = None if b is None else self.rows.take(b, -1)
+        fn, tensors = self.ports[port].fn, _like(self.tensors, w)
+        if self.stack:
+            stacked = (0, None if own_b is None else 0, *(0 for _ in tensors))
+            result = torch.vmap(partial(fn, host), in_dims=stacked)(own_w, own_b, *tensors)
+        else:
+            result = fn(host, own_w, own_b, *tensors)
+        if self.rows is None:
+            return blend(value, result, self.strength)
+        return self.rows.put(value, blend(self.rows.take(value, axis), result, self.strength), axis)
 
 
 def blend(old: Tensor, new: Tensor, strength: float) -> Tensor:
@@ -216,7 +244,8 @@ class Merging:
         axis = 1 if transposed else 0
         cuts = [_cuts(change, self.shape, axis) for change in self.changes] if len(self.shape) > axis else [None]
         entangled = any("W" in c.ports["bias"].uses for c in self.changes if "bias" in c.ports)
-        self.axis = None if entangled or any(one is None for one in cuts) else axis
+        partly = any(c.rows is not None or c.stack for c in self.changes)
+        self.axis = None if partly or entangled or any(one is None for one in cuts) else axis
         """The axis of the canonical weight that is cut: that of the rows as they are stored. ``None``: never cut."""
         self._cuts = cuts
 
@@ -280,8 +309,17 @@ class Merging:
     def changed(
         self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """New weight (canonical) and bias in one piece, where they cannot be cut."""
-        return at_once(self.changes, self.host, weight, bias, dtype)
+        """New weight (canonical) and bias in one piece, where they cannot be cut; map by map of a stack."""
+        if not any(change.stack for change in self.changes):
+            return at_once(self.changes, self.host, weight, bias, dtype)
+        made = torch.empty_like(weight, dtype=dtype or weight.dtype)
+        biases = []
+        for i, one in enumerate(weight):
+            own = None if bias is None else bias[i]
+            made[i], new_bias = at_once([c.one(i) for c in self.changes], self.host, one, own, dtype)
+            biases.append(new_bias)
+        whole = [one for one in biases if one is not None]
+        return made, torch.stack(whole) if whole else None
 
     def whole(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """New weight (canonical) and bias, piece by piece where that is possible."""
@@ -303,13 +341,12 @@ def at_once(
     w = weight.to(torch.promote_types(weight.dtype, torch.float32))
     b = None if bias is None else bias.to(w.dtype)
     for change in changes:
-        tensors, ports = _like(change.tensors, w), change.ports
         new_w, new_b = w, b
-        if "bias" in ports:
-            own = w.new_zeros(w.shape[0]) if b is None else b
-            new_b = blend(own, ports["bias"].fn(host, w, own, *tensors), change.strength)
-        if "weight" in ports:
-            new_w = blend(w, ports["weight"].fn(host, w, b, *tensors), change.strength)
+        if "bias" in change.ports:
+            own = w.new_zeros(w.shape[: 2 if change.stack else 1]) if b is None else b
+            new_b = change.new("bias", host, w, own)
+        if "weight" in change.ports:
+            new_w = change.new("weight", host, w, b)
         w, b = new_w, new_b  # both equations saw what the change before left
     to = dtype or weight.dtype
     return w.to(to), None if b is None else b.to(to)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from deltahub.attending import Extra
 from deltahub.errors import InjectionError
 from deltahub.kinds.torch_ops import SETTLED
+from deltahub.prompting import Prompts
 
 __all__ = [
     "Layout",
@@ -68,6 +69,8 @@ class _Site(Protocol):
     training: bool
     bound: Any
     names: tuple[str, ...]
+    rows: Any
+    view: Any
 
     def tensors(self) -> list[Tensor]: ...
 
@@ -76,6 +79,7 @@ class _Plan(Protocol):
     """What is used of :class:`deltahub.sites.Plan`."""
 
     attended: tuple[Any, ...]
+    prompted: tuple[Any, ...]
     rescored: tuple[Any, ...]
     severed: bool
     staged: bool
@@ -86,6 +90,7 @@ class _Plan(Protocol):
     def leave(self, module: nn.Module, call: Callable[[Any], Any], xs: Sequence[Any], y: Any) -> Any: ...
     def run(self, module: nn.Module, call: Callable[[Any], Any], x: Any) -> Any: ...
     def further(self, module: nn.Module, key: Tensor) -> Extra | None: ...
+    def prompt(self) -> Tensor | None: ...
     def rescore(self, module: nn.Module, scores: Tensor) -> Tensor: ...
 
 
@@ -103,6 +108,12 @@ def check_mixable(sites: Sequence[_Site]) -> None:
                 f"kind {document.name!r} cannot act on some rows of a batch only",
                 where=site.path,
                 found=f"it asks for {', '.join(sorted(whole))}",
+            )
+        if site.view is not None:
+            raise _refuse(
+                "a parameter that its module uses by itself is the same for all rows of a batch",
+                where=site.path,
+                hint="run the rows of each delta as a batch of their own",
             )
         if "past" in site.bound.ports:
             raise _refuse("keys and values that have positions of their own cannot be mixed", where=site.path)
@@ -263,7 +274,7 @@ class _Products:
                 return None
             site = plan.wrapped[0]
             product = low_rank(site.bound.ports["output"]) if "output" in site.bound.ports else None
-            if product is None or site.dropout:
+            if product is None or site.dropout or site.rows is not None:
                 return None
             found.append((site, product))
         return cls(found, switch) if len(found) > 1 else None
@@ -324,8 +335,8 @@ class MixedPlan:
     """
 
     __slots__ = (
-        "_layouts", "_looked", "attended", "members", "path", "plans", "positional", "products", "rescored", "rows",
-        "slot", "staged",
+        "_layouts", "_looked", "attended", "members", "path", "plans", "positional", "products", "prompted",
+        "rescored", "rows", "slot", "staged",
     )  # fmt: skip
 
     def __init__(self, slot: Any, plans: Sequence[_Plan | None]) -> None:
@@ -339,6 +350,7 @@ class MixedPlan:
         self.plans = [plans[rows[0]] for rows in self.members]
         self.staged = all(plan is None or plan.staged for plan in self.plans)
         self.attended = any(plan is not None and plan.attended for plan in self.plans)
+        self.prompted = any(plan is not None and plan.prompted for plan in self.plans)
         self.rescored = any(plan is not None and plan.rescored for plan in self.plans)
         acting = [site for plan in self.plans if plan is not None for site in plan.wrapped]
         self.positional = any(site.bound.positional for site in acting)
@@ -363,6 +375,10 @@ class MixedPlan:
         if times not in self._layouts:
             self._layouts[times] = Layout(self.members, times)
         return self._layouts[times]
+
+    def acting(self, module: nn.Module) -> nn.Module:
+        """The module that runs: itself, for no row has a parameter of its own."""
+        return module
 
     def run(self, module: nn.Module, call: Callable[[Any], Any], x: Any, *, together: bool = False) -> Any:
         """The host with each row's deltas.
@@ -416,6 +432,19 @@ class MixedPlan:
             weights.append(F.pad(weight, (length - own, 0), value=float("-inf")))
         return Extra(
             key=layout.join(keys), value=layout.join(values), weight=layout.join(weights), placed=(False,) * length
+        )
+
+    def prompts(self, rows: int) -> Prompts | None:
+        """What stands before the tokens of each row."""
+        found = [None if plan is None else plan.prompt() for plan in self.plans]
+        some = next((value for value in found if value is not None), None)
+        if some is None:
+            return None
+        times = sum(self.layout(rows).sizes) // self.rows
+        of = {row: group for group, members in enumerate(self.members) for row in members}
+        return Prompts(
+            values=tuple(some[:0] if value is None else value for value in found),
+            groups=tuple(of[row // times] for row in range(rows)),
         )
 
     def rescore(self, module: nn.Module, scores: Tensor) -> Tensor:

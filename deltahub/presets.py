@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from deltahub import kinds
-from deltahub.attaching import attach_parts, choose
+from deltahub.attaching import attach_parts
+from deltahub.choosing import choose, split
 from deltahub.delta import Delta
 from deltahub.errors import UsageError
-from deltahub.sites import Part
 
 __all__ = ["Preset", "attach_preset", "get", "names"]
 
@@ -109,13 +109,15 @@ def attach_preset(
         raise UsageError("E_USAGE_PRESET", f"preset {preset!r} has parts with targets of their own", found=targets)
     kind = kinds.get(chosen.kind)
     parts = [
-        Part(
-            name=part,
-            kind=kind,
-            config=kind.check_config({**config, **changes}),
-            paths=choose(model, own if targets is None else targets, exclude),
-        )
+        one
         for part, own, config in chosen.parts
+        for one in split(
+            model,
+            part,
+            kind,
+            kind.check_config({**config, **changes}),
+            choose(model, own if targets is None else targets, exclude),
+        )
     ]
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return attach_parts(model, name or kind.name, parts, frozen=frozen, dtype=dtype, generator=generator)

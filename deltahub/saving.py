@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from deltahub.errors import InjectionError, UsageError
 from deltahub.injection import slot_of
 from deltahub.manifest import Backbone, Setting
 from deltahub.package import Package, Probe, write
+from deltahub.prompting import embedding_of
 from deltahub.sites import Part, Site
 from deltahub.targets import abbreviate
 
@@ -106,7 +108,9 @@ def _modules(parts: Sequence[tuple[str, Part]]) -> tuple[list[dict[str, Any]], d
             "config": {**part.config, **part.kind.document.fold},
             "targets": abbreviate([site.path for _, site in part.sites]),
         }
-        modules.append(entry | ({"removes": list(part.removes)} if part.removes else {}))
+        rows = {} if part.rows is None else {"rows": dataclasses.asdict(part.rows)}
+        stack = {"stack": part.stack} if part.stack else {}
+        modules.append(entry | rows | stack | ({"removes": list(part.removes)} if part.removes else {}))
         for _, site in part.sites:
             for tensor, value in _stored(part, site).items():
                 tensors[f"{name}/{site.path}/{tensor}"] = value.detach()
@@ -121,11 +125,11 @@ def _stored(part: Part, site: Site) -> Mapping[str, Tensor]:
     folded = {**part.config, **part.kind.document.fold}
     if folded == dict(part.config):
         return own
-    port = next(p for p in ("kv", "past") if p in site.bound.ports)
+    port = next(p for p in ("kv", "past", "prompt") if p in site.bound.ports)
     with torch.no_grad():
         value = site.bound.ports[port].fn(None, *site.tensors())
     names = part.kind.tensors(folded, site.bound.shape)
-    return dict(zip(names, value.unbind(), strict=True))
+    return dict(zip(names, (value,) if port == "prompt" else value.unbind(), strict=True))
 
 
 def backbone_section(
@@ -172,9 +176,14 @@ def _touched(parts: Sequence[tuple[str, Part]]) -> list[str]:
     for _, part in parts:
         for module, site in part.sites:
             assert slot_of(module) is not None
-            for name, value in module._parameters.items():
-                if value is not None:
-                    found[f"{site.path}.{name}"] = None
+            owner, own = site.path, [name for name, value in module._parameters.items() if value is not None]
+            if site.view is not None:
+                owner, own = site.path.rpartition(".")[0], list(site.parameters_there)
+            if site.bound.shape.family == "transformer":  # a prompt is one more token
+                embedding = embedding_of(module)
+                inner = next(name for name, found in module.named_modules() if found is embedding)
+                own = [f"{inner}.{name}" for name in embedding._parameters]
+            found |= dict.fromkeys(f"{owner}.{name}" if owner else name for name in own)
         found |= dict.fromkeys(part.removes)
     return list(found)
 

@@ -6,6 +6,7 @@ deltas changes one string and nothing that depends on the size of the model.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -14,20 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltahub.attending import Extra, joined
-from deltahub.errors import HostError
+from deltahub.errors import HostError, KindError
 from deltahub.hosts import View, view_of
 from deltahub.merging import Change, Merging, at_once, blend, stored_transposed
 from deltahub.mixing import MixedPlan, is_mixed, looks_along, rows_of
+from deltahub.places import ParameterView, Rows, with_parameters
+from deltahub.prompting import Prompts, embeddings_before
 from deltahub.switching import Switch
+from deltahub.targets import SITE_PREFIX
 
 if TYPE_CHECKING:
     from deltahub.kinds import Kind, Port
     from deltahub.kinds.host_shape import HostShape
 
 __all__ = ["SITE_PREFIX", "Bound", "Caller", "Part", "Plan", "Site", "Slot", "Switch", "change_of"]
-
-SITE_PREFIX = "deltahub:"
-"""Sites are child modules of their host under this prefix; their tensors stay out of ``state_dict()``."""
 
 _LIVE = ("input", "output", "replace")
 _MERGED = ("weight", "bias")
@@ -40,6 +41,7 @@ class Bound:
     """A kind with a config, bound to the facts of a host: its compiled ports. Pickles as data, copies as itself."""
 
     __slots__ = (
+        "_given",
         "_strong",
         "config",
         "context",
@@ -53,14 +55,41 @@ class Bound:
         "shape",
     )
 
-    def __init__(self, kind: Kind, config: Mapping[str, object], shape: HostShape) -> None:
+    def __init__(
+        self, kind: Kind, config: Mapping[str, object], shape: HostShape, *, runs: bool = True, whole: bool = True
+    ) -> None:
+        """Compile the ports.
+
+        Args:
+            kind: the kind.
+            config: its config.
+            shape: the facts of the host; where a site is on some of its rows or on one map of a stack, of that alone.
+            runs: whether the host is run as a module, so that live equations have something to act on.
+            whole: whether a site is on all of the host's outputs; an ``output`` equation alone can act on some.
+
+        Raises:
+            KindError: ``E_KIND_HOST`` where no equation is left.
+        """
         self.kind = kind
         self.config = dict(config)
         self.shape = shape
+        self._given = (runs, whole)
         self._strong: dict[float, Bound] = {}
         self.ports: dict[str, Port] = dict(kind.compile(self.config, shape))
         self.mergeable = any(port in self.ports for port in _MERGED)
-        self.live = any(port in self.ports for port in _LIVE)
+        live = {port for port in _LIVE if port in self.ports}
+        if not runs or (not whole and live - {"output"}):
+            if not self.mergeable:
+                raise KindError(
+                    "E_KIND_HOST",
+                    f"kind {kind.name!r} has no equation for the weight, and a "
+                    + ("part of a host" if runs else "parameter")
+                    + " is nothing else",
+                    hint="another target or kind",
+                )
+            self.ports = {name: port for name, port in self.ports.items() if name not in live}
+            live = set()
+        self.live = bool(live)
         """Whether it runs by live equations; otherwise the host runs with the changed weight and bias."""
         self.reads_weight = any(self.ports[p].uses & {"W", "b"} for p in _LIVE if p in self.ports)
         self.severs = "replace" in self.ports and not self.ports["replace"].uses & {"base", "W", "b"}
@@ -73,7 +102,7 @@ class Bound:
         """Whether it looks along the axis before the last, which is the batch where there is none of positions."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (Bound, (self.kind, self.config, self.shape))
+        return (_bound, (self.kind, self.config, self.shape, *self._given))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Bound:
         return self
@@ -89,26 +118,23 @@ class Bound:
             name = self.kind.document.strength
             assert name is not None
             config = {**self.config, name: cast(float, self.config[name]) * strength}
-            found = Bound(self.kind, config, self.shape)
+            found = _bound(self.kind, config, self.shape, *self._given)
             if len(self._strong) >= _KEPT_STRENGTHS:
                 self._strong.pop(next(iter(self._strong)))
             self._strong[strength] = found
         return found
 
-    def change(self, names: Sequence[str], tensors: Sequence[Tensor], strength: float) -> Change:
-        """What a site does to its host's weight and bias, as :mod:`deltahub.merging` takes it."""
-        bound = self
-        if strength != 1.0 and self.kind.document.strength:
-            bound, strength = self.strengthened(strength), 1.0
-        return Change(
-            kind=bound.kind,
-            config=bound.config,
-            shape=bound.shape,
-            ports=bound.ports,
-            names=names,
-            tensors=tensors,
-            strength=strength,
-        )
+
+def _bound(kind: Kind, config: Mapping[str, object], shape: HostShape, runs: bool, whole: bool) -> Bound:  # noqa: FBT001
+    return Bound(kind, config, shape, runs=runs, whole=whole)
+
+
+def _never(*args: object) -> None:
+    """A hook of a module that is never called."""
+
+
+_SEEN = OrderedDict({0: _never})
+"""What makes ``nn.TransformerEncoderLayer`` run its modules: it looks for hooks before it computes without them."""
 
 
 class Site(nn.Module):
@@ -126,15 +152,29 @@ class Site(nn.Module):
     merged: bool
     names: tuple[str, ...]
     mixed: bool
+    view: ParameterView | None
+    rows: Rows | None
+    stack: int
 
     def __init__(
-        self, *, delta: str, module: str, path: str, bound: Bound, tensors: Mapping[str, Tensor], dropout: float = 0.0
+        self,
+        *,
+        delta: str,
+        module: str,
+        path: str,
+        bound: Bound,
+        tensors: Mapping[str, Tensor],
+        dropout: float = 0.0,
+        view: ParameterView | None = None,
+        rows: Rows | None = None,
+        stack: int = 0,
     ) -> None:
         super().__init__()
         # None of these is a parameter or a module, and attaching makes many sites: past nn.Module's own setattr.
         self.__dict__.update(
-            delta=delta, module=module, path=path, bound=bound, dropout=dropout, merged=False, names=tuple(tensors)
-        )
+            delta=delta, module=module, path=path, bound=bound, dropout=dropout, merged=False, names=tuple(tensors),
+            view=view, rows=rows, stack=stack, _forward_hooks=_SEEN,
+        )  # fmt: skip
         for name, tensor in tensors.items():
             if isinstance(tensor, nn.Parameter):
                 self._parameters[name] = tensor
@@ -144,7 +184,15 @@ class Site(nn.Module):
 
     @property
     def key(self) -> str:
-        return f"{SITE_PREFIX}{self.delta}:{self.module}".replace(".", "·")
+        own = "" if self.view is None else f":{self.view.weight_name}"
+        return f"{SITE_PREFIX}{self.delta}:{self.module}{own}".replace(".", "·")
+
+    @property
+    def parameters_there(self) -> tuple[str, ...]:
+        """Names, below its module, of the parameters that it is on; of a module's own, those it may have."""
+        view = self.view
+        names = ("weight", "bias") if view is None else (view.weight_name, view.bias_name)
+        return tuple(name for name in names if name is not None)
 
     def tensors(self) -> list[Tensor]:
         """The site's tensors in the order of its kind's document."""
@@ -186,13 +234,21 @@ class Plan:
         wrapped: sites whose live equations wrap the result, innermost first.
         attended: sites that give attention further keys and values.
         rescored: sites that change what attention adds to its scores.
+        prompted: sites that give a transformer embeddings before those of its tokens.
         staged: whether the module runs exactly once, as it is, between equations of its input and of its output.
+        inside: sites on parameters that the module uses by itself, with the way in which each is seen.
     """
 
-    __slots__ = ("attended", "plain", "rescored", "severed", "slot", "staged", "weighted", "wrapped")
+    __slots__ = (
+        "attended", "inside", "plain", "prompted", "rescored", "severed", "slot", "staged", "weighted", "wrapped",
+    )  # fmt: skip
 
     def __init__(self, slot: Slot, sites: Sequence[Site]) -> None:
         self.slot = slot
+        inside = [s for s in sites if s.view is not None and not s.merged]
+        views = dict.fromkeys(s.view for s in inside if s.view is not None)
+        self.inside = tuple((view, [s for s in inside if s.view == view]) for view in views)
+        sites = [s for s in sites if s.view is None]
         dual = [s for s in sites if s.bound.mergeable and not s.merged]
         # A site may run its live form only where nothing after it reads the weight that it would have changed.
         count = 0
@@ -207,7 +263,17 @@ class Plan:
         self.plain = count == 0 and all(set(s.bound.ports) & set(_LIVE) == {"output"} for s in self.wrapped)
         self.attended = tuple(s for s in self.wrapped if {"kv", "past"} & set(s.bound.ports))
         self.rescored = tuple(s for s in self.wrapped if "scores" in s.bound.ports)
+        self.prompted = tuple(s for s in self.wrapped if "prompt" in s.bound.ports)
         self.staged = count == 0 and not any("replace" in s.bound.ports for s in self.wrapped)
+
+    def acting(self, module: nn.Module) -> nn.Module:
+        """The module that runs: one with other parameters where sites are on them."""
+        if not self.inside:
+            return module
+        values: dict[str, Tensor | None] = {}
+        for view, sites in self.inside:
+            values |= view.acting(module, *self.slot.transformed(module, sites, view))
+        return with_parameters(module, self.slot.base, values)
 
     def innermost(self, module: nn.Module, call: Callable[[Any], Any], x: Any) -> Any:
         """The host itself, with the weighted sites' weight and bias."""
@@ -227,7 +293,7 @@ class Plan:
 
     def host(self, site: Site, module: nn.Module, call: Callable[[Any], Any]) -> Any:
         """What an equation's ``host`` is: the module, or a stand-in where its weight is another for this site."""
-        return Caller(self, 0, module, call) if site.bound.reads_weight or site.bound.context else module
+        return Caller(self, 0, module, call, site.rows) if site.bound.reads_weight or site.bound.context else module
 
     def level(self, depth: int, module: nn.Module, call: Callable[[Any], Any], x: Any) -> Any:
         """The host with its ``depth`` innermost wrapping sites."""
@@ -271,6 +337,15 @@ class Plan:
         """What an attention attends to besides its own keys."""
         return joined(self.attended, self.slot.switch.strength, module, key) if self.attended else None
 
+    def prompt(self) -> Tensor | None:
+        """What stands before a transformer's tokens."""
+        return embeddings_before(self.prompted, self.slot.switch.strength)
+
+    def prompts(self, rows: int) -> Prompts | None:
+        """The same for a batch."""
+        value = self.prompt()
+        return None if value is None else Prompts(values=(value,))
+
     def rescore(self, module: nn.Module, scores: Tensor) -> Tensor:
         """What becomes of the bias that an attention adds to its scores."""
         for site in self.rescored:
@@ -285,17 +360,23 @@ class Plan:
             bound, strength = bound.strengthened(strength), 1.0
         if site.dropout and site.training and x.is_floating_point():
             x = F.dropout(x, site.dropout)
-        return blend(
-            y, bound.ports["output"].fn(self.host(site, module, call), x, y, *_cast(site.tensors(), y)), strength
-        )
+        fn, rows = bound.ports["output"].fn, site.rows
+        if rows is None:
+            return blend(y, fn(self.host(site, module, call), x, y, *_cast(site.tensors(), y)), strength)
+        part = rows.take(y, -1)
+        new = fn(self.host(site, module, call), x, part, *_cast(site.tensors(), y))
+        return rows.put(y, blend(part, new, strength), -1)
 
 
 class Caller:
     """The host as an equation of a ``replace`` sees it: ``base(x)`` is everything inside this site."""
 
-    __slots__ = ("call", "depth", "module", "plan")
+    __slots__ = ("call", "depth", "module", "plan", "rows")
 
-    def __init__(self, plan: Plan, depth: int, module: nn.Module, call: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, plan: Plan, depth: int, module: nn.Module, call: Callable[[Any], Any], rows: Rows | None = None
+    ) -> None:
+        self.rows = rows
         self.plan = plan
         self.depth = depth
         self.module = module
@@ -308,10 +389,12 @@ class Caller:
         return self.module.deltahub_apply(x, weight)  # type: ignore[operator]
 
     def deltahub_weight(self) -> Tensor:
-        return self.plan.slot.transformed(self.module, self.plan.weighted)[0]
+        weight = self.plan.slot.transformed(self.module, self.plan.weighted)[0]
+        return weight if self.rows is None else self.rows.take(weight, 0)
 
     def deltahub_bias(self) -> Tensor | None:
-        return self.plan.slot.transformed(self.module, self.plan.weighted)[1]
+        bias = self.plan.slot.transformed(self.module, self.plan.weighted)[1]
+        return bias if bias is None or self.rows is None else self.rows.take(bias, 0)
 
     def deltahub_context(self, name: str) -> Any:
         known = getattr(self.call, "context", {})
@@ -325,7 +408,15 @@ class Caller:
         return known[name]
 
 
-def change_of(bound: Bound, names: Sequence[str], tensors: Sequence[Tensor], strength: float = 1.0) -> Change:
+def change_of(
+    bound: Bound,
+    names: Sequence[str],
+    tensors: Sequence[Tensor],
+    strength: float = 1.0,
+    *,
+    rows: Rows | None = None,
+    stack: int = 0,
+) -> Change:
     """What a site does to a weight and a bias, with these tensors and at this strength."""
     if strength != 1.0 and bound.kind.document.strength:
         bound, strength = bound.strengthened(strength), 1.0
@@ -337,6 +428,8 @@ def change_of(bound: Bound, names: Sequence[str], tensors: Sequence[Tensor], str
         names=tuple(names),
         tensors=tuple(tensors),
         strength=strength,
+        rows=rows,
+        stack=stack,
     )
 
 
@@ -347,13 +440,21 @@ class Slot:
         self.base: type[nn.Module] = type(module)
         self.view: View = view_of(module)
         self.switch = switch
-        self.sites: list[Site] = []
+        self.named: dict[str, list[Site]] = {}
+        """The sites here by delta, in the order of attachment."""
         self.plans: dict[str, Plan | MixedPlan | None] = {}
         self.kept: dict[str, Tensor | None] | None = None
         """The module's own weight and bias while deltas are merged into it."""
+        self.read = False
+        """Whether another module attends to what a transformer gives, so that a prompt's positions stay in it."""
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "plans": {}}
+
+    @property
+    def sites(self) -> list[Site]:
+        """All sites here, in the order of attachment."""
+        return [site for sites in self.named.values() for site in sites]
 
     def plan(self) -> Plan | MixedPlan | None:
         """The plan for the deltas that are active now; ``None`` where none of them acts here."""
@@ -369,9 +470,7 @@ class Slot:
     def _build(self, key: str) -> Plan | MixedPlan | None:
         if is_mixed(key):
             return self._mixed(key)
-        order = {name: i for i, name in enumerate(key.split("\n"))} if key else {}
-        sites = [s for s in self.sites if s.delta in order]
-        sites.sort(key=lambda s: order[s.delta])
+        sites = [s for name in dict.fromkeys(key.split("\n")) for s in self.named.get(name, ())]
         live = [s for s in sites if not s.merged]
         plan = Plan(self, sites) if live else None
         self.plans[key] = plan
@@ -392,18 +491,22 @@ class Slot:
         self.plans[key] = mixed
         return mixed
 
-    def transformed(self, module: nn.Module, sites: Sequence[Site]) -> tuple[Tensor, Tensor | None]:
+    def transformed(
+        self, module: nn.Module, sites: Sequence[Site], view: View | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Weight and bias (canonical) after the given sites, computed in float32 and cast back once."""
-        return at_once([self._change(s) for s in sites], module, self.view.weight(module), self.view.bias(module))
+        view = view or self.view
+        return at_once([self._change(s) for s in sites], module, view.weight(module), view.bias(module))
 
-    def merged(self, module: nn.Module, sites: Sequence[Site]) -> tuple[Tensor, Tensor | None]:
+    def merged(self, module: nn.Module, sites: Sequence[Site], view: View) -> tuple[Tensor, Tensor | None]:
         """The same for good, piece by piece: the bits that a merge from disk to disk gives."""
-        weight, transposed = self.view.weight(module), stored_transposed(self.view.canonical)
+        weight, transposed = view.weight(module), stored_transposed(view.canonical)
         merging = Merging([self._change(s) for s in sites], weight.shape, transposed=transposed, host=module)
-        return merging.whole(weight, self.view.bias(module))
+        return merging.whole(weight, view.bias(module))
 
     def _change(self, site: Site) -> Change:
-        return change_of(site.bound, site.names, site.tensors(), self.switch.strength.get(site.delta, 1.0))
+        strength = self.switch.strength.get(site.delta, 1.0)
+        return change_of(site.bound, site.names, site.tensors(), strength, rows=site.rows, stack=site.stack)
 
 
 @dataclass(kw_only=True)
@@ -414,10 +517,12 @@ class Part:
         name: the entry's name, unique in its delta.
         kind: the kind's document with its functions.
         config: the kind's config, defaults filled in.
-        paths: exact module paths, in order.
+        paths: exact paths of modules, or of parameters that are hosts of their own, in order.
         tensors: stored tensors by path and name; ``None`` for fresh ones.
         removes: parameters of the backbone that the entry makes unused.
         dropout: probability of dropping the delta's own input while training; not part of a package.
+        rows: the outputs of each host that it is on; ``None`` for all.
+        stack: how many linear maps each host is; 0 for hosts that are no stacks.
         sites: the hosts and sites, once attached.
     """
 
@@ -428,4 +533,6 @@ class Part:
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None
     removes: Sequence[str] = ()
     dropout: float = 0.0
+    rows: Rows | None = None
+    stack: int = 0
     sites: list[tuple[nn.Module, Site]] = field(default_factory=list)

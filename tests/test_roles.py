@@ -8,7 +8,7 @@ from torch import nn
 
 import deltahub
 from deltahub.errors import TargetError
-from deltahub.roles import architecture_of, paths_of
+from deltahub.roles import architecture_of, targets_of
 from tests.models import bert_classifier, llama
 
 MODELS = [
@@ -68,6 +68,10 @@ def build(name: str) -> nn.Module:
                 return cls.from_config(config)
     with torch.device("meta"):
         return transformers.WhisperForConditionalGeneration(config)
+
+
+def paths_of(model: nn.Module, role: str, known: dict[str, nn.Module]) -> list[str]:
+    return [target.path for target in targets_of(model, role, known)]
 
 
 def modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -15,6 +15,7 @@ __all__ = [
     "Manifest",
     "Module",
     "ProbeEntry",
+    "RowsEntry",
     "Setting",
     "Source",
     "json_schema",
@@ -27,6 +28,7 @@ from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
 
 from deltahub.errors import DeltaHubError, ManifestError, TargetError
 from deltahub.limits import DEFAULT, Limits
@@ -128,6 +130,28 @@ class Backbone(Model):
     compatible: Optional[Tuple[Compatible]] = None
 
 
+class RowsEntry(Model):
+    """The outputs of a host that a module is on: those ``r`` with ``start <= r % period < stop``."""
+
+    start: Annotated[int, Field(ge=0)]
+    stop: Annotated[int, Field(ge=1)]
+    period: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.start < self.stop <= self.period:
+            raise PydanticCustomError(
+                "E_MANIFEST_FIELD",
+                "{what}",
+                {"what": "these are no rows of a period", "expected": "start < stop <= period"},
+            )
+        return self
+
+    @property
+    def numbers(self) -> tuple[int, int, int]:
+        return (self.start, self.stop, self.period)
+
+
 class Module(Model):
     """One kind with one config at some targets. Modules apply in the order of the list."""
 
@@ -136,6 +160,8 @@ class Module(Model):
     version: Annotated[int, Field(ge=1)]
     config: dict[str, Any]
     targets: NonEmpty[Target]
+    rows: Optional[RowsEntry] = None
+    stack: Optional[Annotated[int, Field(ge=1)]] = None
     removes: Optional[Tuple[Printable]] = None
 
     @cached_property

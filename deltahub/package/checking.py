@@ -141,7 +141,14 @@ def _grouped(sites: Mapping[str, Site], header: Header) -> tuple[dict[tuple[str,
 
 def _fitting(site: Site, facts: Header, place: str) -> tuple[list[str], list[DeltaHubError]]:
     """Find a host on which a site's tensors agree: their names in order, or what is wrong if there is no such host."""
-    known = {name: shape for name, (_, shape) in facts.items()}
+    stack = site.module.stack
+    if stack is not None:
+        odd = [name for name, (_, shape) in facts.items() if shape[:1] != (stack,)]
+        if odd:
+            what = f"tensor {odd[0]!r} does not have one of itself for every linear map of its host"
+            found = list(facts[odd[0]][1])
+            return [], [KindError("E_KIND_SHAPE", what, where=place, expected=f"[{stack}, ...]", found=found)]
+    known = {name: shape if stack is None else shape[1:] for name, (_, shape) in facts.items()}
     best: tuple[tuple[int, int], list[DeltaHubError]] | None = None
     for shape in _hosts(site, known):
         try:

@@ -1,0 +1,116 @@
+"""What an author means by targets: modules by name, glob, type, role or function; parts of fused and stacked ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from deltahub.errors import TargetError
+from deltahub.places import Rows, parameters_of, place_of
+from deltahub.roles import ROLE_PREFIX, Target, in_order, targets_of
+from deltahub.sites import Part
+from deltahub.targets import backbone_modules, select
+
+if TYPE_CHECKING:
+    from deltahub.kinds import Kind
+
+__all__ = ["Choice", "by_default", "choose", "split"]
+
+Choice = Callable[[str, nn.Module], bool]
+"""An author's own choice of modules, by path and module."""
+
+
+def by_default(model: nn.Module, kind: Kind, exclude: str | Sequence[str]) -> list[Target]:
+    """Where a kind's document puts it: all of its own targets that this architecture has."""
+    found: set[Target] = set()
+    for target in kind.document.targets:
+        try:
+            found |= set(choose(model, target, exclude))
+        except TargetError as error:
+            if error.code == "E_TARGET_ARCHITECTURE":
+                raise
+    if not found:
+        raise TargetError(
+            "E_TARGET_NOTHING",
+            f"kind {kind.name!r} has no targets of its own that this model has",
+            expected=", ".join(kind.document.targets) or None,
+            hint="give targets=, such as 'query' or 'role:attention.query'",
+        )
+    whole = {target.path for target in found if target.rows is None}  # a fused module that is meant whole is not cut
+    return in_order(model, {target for target in found if target.rows is None or target.path not in whole})
+
+
+def choose(model: nn.Module, targets: str | Sequence[str] | Choice, exclude: str | Sequence[str]) -> list[Target]:
+    """What an author means, in the model's order: modules, parameters that are hosts of their own, and rows of both."""
+    modules = {path: module for path, module in backbone_modules(model).items() if path}
+    wanted = [targets] if isinstance(targets, str) or callable(targets) else list(targets)
+    found: set[Target] = set()
+    for target in wanted:
+        if callable(target):
+            found |= {Target(path) for path, module in modules.items() if target(path, module)}
+        elif target.startswith(ROLE_PREFIX):
+            found |= set(targets_of(model, target.removeprefix(ROLE_PREFIX), modules))
+        else:
+            found |= {Target(path) for path in _selected(model, modules, target)}
+    if exclude:
+        every = {**modules, **parameters_of({"": model, **modules})}
+        kept = set(select(every, "**", exclude))
+        found = {target for target in found if target.path in kept}
+    if not found:
+        raise TargetError("E_TARGET_NOTHING", "no module is left to attach to", hint="see model.named_modules()")
+    return in_order(model, found)
+
+
+def _selected(model: nn.Module, modules: Mapping[str, nn.Module], target: str) -> list[str]:
+    """Modules; or where there is none of that name, parameters that are hosts of their own."""
+    try:
+        return select(modules, target)
+    except TargetError as error:
+        if error.code != "E_TARGET_NOTHING":
+            raise
+        parameters = parameters_of({"": model, **modules})
+        try:
+            return select(parameters, target)
+        except TargetError:
+            raise error from None
+
+
+def split(
+    model: nn.Module,
+    name: str,
+    kind: Kind,
+    config: Mapping[str, object],
+    chosen: Sequence[Target],
+    *,
+    dropout: float = 0.0,
+) -> list[Part]:
+    """Targets as parts of a delta: one part for all whole modules, and one for each way of being a part of a host.
+
+    Args:
+        model: the model.
+        name: of the first part; the others add to it.
+        kind: of all of them.
+        config: the same.
+        chosen: from :func:`choose`.
+        dropout: as for :func:`attach`.
+    """
+    modules = backbone_modules(model)
+    alike: dict[tuple[Rows | None, int], list[str]] = {}
+    for target in chosen:
+        place = place_of(modules, target.path)
+        stack = 0 if place is None or place.view is None else place.view.stack(place.module)
+        alike.setdefault((target.rows, stack), []).append(target.path)
+    return [
+        Part(
+            name=name if i == 0 else f"{name}-{i + 1}",
+            kind=kind,
+            config=config,
+            paths=paths,
+            rows=rows,
+            stack=stack,
+            dropout=dropout,
+        )
+        for i, ((rows, stack), paths) in enumerate(alike.items())
+    ]
