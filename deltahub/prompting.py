@@ -339,7 +339,9 @@ class _Labelled:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         given = dict(zip(self.names, args, strict=False)) | kwargs
         labels: Any = given.get("labels")
-        prompts = None if labels is None else _acting(self.transformer, labels.shape[0])
+        if labels is None:
+            return None
+        prompts = _acting(self.transformer, labels.shape[0])
         if prompts is None:
             return None
         if prompts.groups is not None:  # nothing foretells the first token of a row without a prompt

@@ -246,12 +246,14 @@ def prompts() -> list[dict[str, Any]]:
             "host": host, "port": "prompt", "tensors": {n: tensor(a) for n, a in t.items()},
             "valid": True, "expect": {"value": tensor(value)}, "tolerance": 1e-5,
         })  # fmt: skip
-        for name in ("embedding", "block"):
-            cases.append({
+        cases += [
+            {
                 "description": f"{kind}, {len(t)} tensors, does not fit: {name}", "clause": "DH-5.5-1", "op": "kind",
                 "kind": kind, "version": 1, "config": {"length": 2, **config}, "host": HOSTS[name],
                 "valid": False, "error_code": "E_KIND_HOST",
-            })  # fmt: skip
+            }
+            for name in ("embedding", "block")
+        ]  # fmt: skip
     return cases
 
 
