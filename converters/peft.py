@@ -20,6 +20,7 @@ from deltahub.converters.base import Base
 from deltahub.converters.entries import Entry, Keys, need_kind, read_json, read_tensors, write_entries
 from deltahub.converters.parameters import base_values, whole
 from deltahub.converters.peft_config import EXTENSION, Scales, Wanted, check_config, kept
+from deltahub.converters.peft_keys import fitted, live_names
 from deltahub.converters.peft_methods import METHODS, tokens
 from deltahub.errors import ConverterError
 
@@ -28,11 +29,9 @@ if TYPE_CHECKING:
 
     from deltahub.package import Package
 
-__all__ = ["export_", "import_", "sniff"]
+__all__ = ["export_", "import_", "named", "sniff"]
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_PREFIX = "base_model.model."
-_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.")
 
 # Endings of keys, longest first, and the tensor that each is.
 _LORA = {
@@ -59,9 +58,11 @@ _HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight", "qa
 
 
 def sniff(path: Path) -> bool:
-    """Whether a folder is a PEFT adapter: by its configuration's one mandatory key."""
+    """Whether a folder is a PEFT adapter: by its configuration's one mandatory key, and its weights' name."""
     try:
-        return "peft_type" in read_json(path / CONFIG)
+        return "peft_type" in read_json(path / CONFIG) and (
+            (path / WEIGHTS).exists() or (path / PICKLE).exists() or not any(path.glob("adapter_*.pt"))
+        )
     except (ConverterError, OSError):
         return False
     except Exception as error:
@@ -98,11 +99,12 @@ def import_(
     config = _config(folder)
     file = folder / WEIGHTS if (folder / WEIGHTS).exists() or not (folder / PICKLE).exists() else folder / PICKLE
     tensors, _ = read_tensors(file, allow_pickle=allow_pickle)
-    live = _live(tensors, file)
+    live = live_names(tensors, file)
     if backbone is None:
-        backbone = _named(config)
+        backbone = named(config)
     base = _base(backbone, config, live, class_name)
     try:
+        live = fitted(live, base, file)
         entries = _READERS[str(config["peft_type"])](config, Keys(live, file), base)
         return write_entries(out, entries, base, extensions={EXTENSION: kept(config)}, overwrite=overwrite)
     finally:
@@ -134,7 +136,12 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _named(config: Mapping[str, Any]) -> str:
+def named(config: Mapping[str, Any]) -> str:
+    """The backbone that an adapter names, with its revision where it says one.
+
+    Raises:
+        ConverterError: ``E_CONVERT_BACKBONE`` where it names none.
+    """
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(name, str) or not name:
         raise ConverterError(
@@ -144,28 +151,6 @@ def _named(config: Mapping[str, Any]) -> str:
             hint="pass the backbone",
         )
     return f"{name}@{revision}" if isinstance(revision, str) and not Path(name).is_dir() else name
-
-
-def _live(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Keys without PEFT's prefix and without the names of wrappers that training put around modules."""
-    found: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        name = key
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        if not name.startswith(_PREFIX):
-            raise ConverterError(
-                "E_CONVERT_KEY",
-                "a key does not begin as PEFT's do, so PEFT itself would ignore it",
-                where=file,
-                expected=f"{_PREFIX}…",
-                found=key,
-            )
-        name = name.removeprefix(_PREFIX)
-        if name in found:
-            raise ConverterError("E_CONVERT_KEY", "two keys are one tensor", where=file, found=key)
-        found[name] = value
-    return found
 
 
 def _base(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from deltahub.hub import pull, search
     from deltahub.identity import fingerprint
     from deltahub.inspecting import inspect
-    from deltahub.loading import load, verify
+    from deltahub.opening import load, verify
 
 __all__ = [
     "Delta",
@@ -50,13 +50,13 @@ _ROOMS = {
     "deltas": "composition",
     "fingerprint": "identity",
     "inspect": "inspecting",
-    "load": "loading",
+    "load": "opening",
     "pull": "hub",
     "push": "delta",
     "save": "delta",
     "search": "hub",
     "using": "composition",
-    "verify": "loading",
+    "verify": "opening",
 }
 
 

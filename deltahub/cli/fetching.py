@@ -117,7 +117,7 @@ def verify(
     Every file is hashed, the backbone is checked, the delta is put on it, and the publisher's own forward pass
     must come out with the publisher's numbers.
     """
-    from deltahub.loading import verify as run
+    from deltahub.opening import verify as run
 
     report = run(
         source,

@@ -132,7 +132,7 @@ def pull(
         found = _pull_local(parsed, policy, hashing=hash_local, offline=local_files_only)
     else:
         client = Client(
-            endpoint=check_endpoint(endpoint), token=token, cache=_cache(cache_dir), offline=local_files_only
+            endpoint=check_endpoint(endpoint), token=token, cache=cache_of(cache_dir), offline=local_files_only
         )
         commit = entry.commit if entry is not None else resolve(client, parsed)
         found = _pull_hub(client, parsed, commit, policy)
@@ -141,7 +141,7 @@ def pull(
     return found
 
 
-def _cache(cache_dir: str | os.PathLike[str] | None) -> Path:
+def cache_of(cache_dir: str | os.PathLike[str] | None) -> Path:
     from huggingface_hub import constants
 
     return Path(cache_dir if cache_dir is not None else constants.HF_HUB_CACHE).expanduser().resolve()

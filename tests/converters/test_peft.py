@@ -221,8 +221,8 @@ def test_fault_2_more_layers_than_the_backbone(adapter: Callable[..., Any], tmp_
 
 def test_fault_3_a_wrong_prefix(adapter: Callable[..., Any], tmp_path: Path) -> None:
     base, folder, _ = adapter("llama")
-    rewrite(folder, lambda t: {k.removeprefix("base_model."): v for k, v in t.items()})
-    refused("E_CONVERT_KEY", folder, tmp_path / "p", backbone=base)
+    rewrite(folder, lambda t: {k.replace("base_model.model.", "wrong."): v for k, v in t.items()})
+    refused("E_MERGE_TARGET", folder, tmp_path / "p", backbone=base)
 
 
 def test_fault_4_fewer_layers_than_the_backbone(adapter: Callable[..., Any], tmp_path: Path) -> None:
