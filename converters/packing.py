@@ -256,10 +256,16 @@ def _encode(
 
 
 def _carry(source: Path, folder: Path, left_out: set[str]) -> None:
-    """The manifest, the probe, the card, the signature: as they are."""
+    """The manifest, the probe, the card with its picture, the signature: as they are."""
     manifest = json.loads((source / "delta.json").read_text(encoding="utf-8"))
     listed = [entry["path"] for entry in manifest["files"]]
-    for name in ["delta.json", "README.md", "model.sig", *(path for path in listed if path not in left_out)]:
+    for name in [
+        "delta.json",
+        "README.md",
+        "delta.svg",
+        "model.sig",
+        *(path for path in listed if path not in left_out),
+    ]:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
@@ -353,17 +359,22 @@ def _decoded(file: TensorFile, note: Mapping[str, Any], old: _Old, base: Base, m
 def _expected(manifest: Manifest, base: Base, note: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape of every tensor: dtypes are those of the streams, shapes those of kind, config and host."""
     from deltahub.kinds import Registry
+    from deltahub.places import Rows, fitted
 
     registry = Registry(manifest.kinds or ())
     dtypes = {name: stream["dtype"] for stream in note["streams"] for name, *_ in stream["parts"]}
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for module in manifest.modules:
         kind = registry.get(module.kind, module.version)
+        rows = None if module.rows is None else Rows.of(module.rows.numbers)
         for path in module.paths:
-            for tensor, spec in kind.tensors(module.config, base.arch.host(path).shape).items():
+            host = base.arch.host(path)
+            stack = (host.stack,) if host.stack else ()
+            shape = fitted(host.shape, rows, module.stack or 0, host.stack, path)
+            for tensor, spec in kind.tensors(module.config, shape).items():
                 name = f"{module.name}/{path}/{tensor}"
                 if name in dtypes:
-                    found[name] = (dtypes[name], spec.shape)
+                    found[name] = (dtypes[name], (*stack, *spec.shape))
     return found
 
 

@@ -197,10 +197,12 @@ def test_example_lock_and_policy_are_read(tmp_path: Path) -> None:
     (policy,) = examples("policy")
     (tmp_path / "policy.toml").write_text(policy, encoding="utf-8")
     (tmp_path / "acme.pub").write_bytes(b"a key")
+    (tmp_path / "sigstore.json").write_bytes(b"roots")
     read = Policy.read(tmp_path / "policy.toml")
     assert read.demands("acme/delta")
     assert not read.demands("other/one-repository")
     assert read.signers[0].covers("other/one-repository")
+    assert (read.signers[1].key, read.signers[1].trust_root) == (b"", b"roots")
 
 
 if __name__ == "__main__":

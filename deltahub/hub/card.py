@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltahub.errors import HubError, printable
 from deltahub.hub.picture import draw
+from deltahub.hub.plan import PICTURE
 
 if TYPE_CHECKING:
     from deltahub.manifest import Manifest
@@ -241,7 +242,8 @@ def _page(
     parts.append(
         "This fetches the package and the backbone, checks both, and returns the backbone with the delta in it."
     )
-    parts.append("## Where it sits\n\n```text\n" + draw(manifest) + "\n```")
+    parts.append(f"## Where it sits\n\n![Layers from left to right; in colour where the delta acts]({PICTURE})")
+    parts.append("```text\n" + draw(manifest) + "\n```")
     parts.append(_table(manifest, parameters))
     parts.append(_numbers(manifest, parameters))
     if manifest.kinds:

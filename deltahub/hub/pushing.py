@@ -17,6 +17,7 @@ from deltahub.errors import DeltaHubError, HubError
 from deltahub.hub.card import CardDetails, render_card
 from deltahub.hub.explain import explained
 from deltahub.hub.guard import guarded
+from deltahub.hub.plan import PICTURE, plan
 from deltahub.hub.pulling import MANIFEST, SIGNATURE, Client, expected_files, fetch, read_manifest
 from deltahub.hub.sources import Source, check_endpoint, parse_source
 from deltahub.tensors import open_regular, sha256_file
@@ -113,9 +114,10 @@ def push(
         if card is not False and not signed:
             details = card if isinstance(card, CardDetails) else None
             files[CARD] = _card(client, package, target, remote, details, Path(scratch))
+            files[PICTURE] = plan(package.manifest, _parameters(package)).encode()
         writes = {path: content for path, content in files.items() if not _same(path, content, remote)}
         stale = _stale(client, target, remote, set(files), Path(scratch))
-        ignored = tuple(name for name in package.ignored if name not in {CARD, SIGNATURE})
+        ignored = tuple(name for name in package.ignored if name not in {CARD, PICTURE, SIGNATURE})
         if not writes and not stale:
             url = f"{client.endpoint}/{target.repo_id}/commit/{remote.commit}"
             return PushResult(repo_id=target.repo_id, commit=remote.commit, url=url, ignored=ignored)
@@ -161,11 +163,11 @@ def _branched(api: HfApi, target: Source, look: Callable[[], _Remote]) -> _Remot
 
 
 def _local_files(package: Package) -> dict[str, Path | bytes]:
-    """Everything that is published: the manifest, what it lists, the signature, and a card of the user's own."""
+    """What is published: the manifest, what it lists, the signature, a card of the user's own and its picture."""
     from deltahub.package.folder import locate
 
     names = [MANIFEST, *expected_files(package.manifest)]
-    names += [name for name in (SIGNATURE, CARD) if (package.path / name).is_file()]
+    names += [name for name in (SIGNATURE, CARD, PICTURE) if (package.path / name).is_file()]
     for name in names:  # what a link leads to elsewhere on this machine is nobody's to publish
         locate(package.path, name, root=package.root)
     return {name: package.path / name for name in names}
@@ -188,7 +190,7 @@ def _text(path: Path) -> str:
 
 
 def write_card(folder: str | os.PathLike[str], repo_id: str, *, details: CardDetails | None = None) -> Path:
-    """Write the model card into a package's folder, so that it can be read, edited and signed before it is pushed.
+    """Write the model card and its picture into a package's folder, to be read, edited and signed before the push.
 
     Args:
         folder: the package; text and metadata of a card that is there are kept.
@@ -208,11 +210,12 @@ def write_card(folder: str | os.PathLike[str], repo_id: str, *, details: CardDet
     with Package.open(folder) as package:
         path = package.path / CARD
         existing = _text(locate(package.path, CARD, root=package.root)) if path.is_file() else None
-        card = render_card(
-            package.manifest, repo_id=repo_id, existing=existing, details=details, parameters=_parameters(package)
-        )
-    with replacing(path) as file:
-        file.write(card.encode())
+        count = _parameters(package)
+        card = render_card(package.manifest, repo_id=repo_id, existing=existing, details=details, parameters=count)
+        picture = plan(package.manifest, count)
+    for target, text in ((path.with_name(PICTURE), picture), (path, card)):
+        with replacing(target) as file:
+            file.write(text.encode())
     return path
 
 

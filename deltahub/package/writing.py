@@ -23,7 +23,7 @@ from deltahub.package.folder import read_manifest
 from deltahub.package.probe import FILE_NAME as PROBE_NAME
 from deltahub.package.probe import Probe
 from deltahub.package.reading import Package
-from deltahub.tensors import FileDigest
+from deltahub.tensors import FileDigest, Pending
 from deltahub.tensors import write as write_tensors
 from deltahub.tensors.leftovers import held, sweep
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CARD = "README.md"
-_OURS = frozenset({FILE_NAME, CARD, "model.sig"})
+_OURS = frozenset({FILE_NAME, CARD, "delta.svg", "model.sig"})
 
 
 def write(
     path: str | os.PathLike[str],
     manifest: Manifest | Mapping[str, Any],
-    tensors: Mapping[str, Tensor | np.ndarray[Any, Any]],
+    tensors: Mapping[str, Tensor | np.ndarray[Any, Any] | Pending],
     *,
     readme: str | None = None,
     probe: Probe | None = None,
@@ -55,7 +55,8 @@ def write(
         path: the folder; it must not exist, or be empty, unless ``overwrite``.
         manifest: a manifest, or its members as a mapping; ``files`` and ``probe`` are filled in here, and so is
             ``spec_version`` where it is missing.
-        tensors: by full name, ``<module>/<target>/<tensor>``.
+        tensors: by full name, ``<module>/<target>/<tensor>``; a :class:`deltahub.tensors.Pending` one is made when it
+            is written and not held.
         readme: the model card; when overwriting, the old one stays by default.
         probe: inputs and the outputs that they must give.
         overwrite: replace a package that is there. A folder that holds anything but a package is never replaced.
@@ -129,9 +130,9 @@ def _check_place(target: Path, *, overwrite: bool) -> bytes | None:
 
 
 def _write_files(
-    folder: Path, tensors: Mapping[str, Tensor | np.ndarray[Any, Any]], probe: Probe | None, shard_bytes: int
+    folder: Path, tensors: Mapping[str, Tensor | np.ndarray[Any, Any] | Pending], probe: Probe | None, shard_bytes: int
 ) -> list[FileDigest]:
-    shards: list[dict[str, Tensor | np.ndarray[Any, Any]]] = []
+    shards: list[dict[str, Tensor | np.ndarray[Any, Any] | Pending]] = []
     room = 0
     for name, tensor in tensors.items():
         size = int(tensor.nbytes)

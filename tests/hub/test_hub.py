@@ -364,7 +364,7 @@ def test_push_and_pull_and_push_again(
     (folder / "notes.txt").write_text("mine")
     one = push(folder, REPO, private=True, message="first", **sending)
     assert hub.repository(REPO).private
-    assert set(one.changed) == {*contents(folder), "README.md"} - {"notes.txt"}
+    assert set(one.changed) == {*contents(folder), "README.md", "delta.svg"} - {"notes.txt"}
     assert one.ignored == ("notes.txt",)
     history = hub.repository(REPO).commits
     assert (one.commit in history, len(history), history[one.commit].title) == (True, 2, "first")
