@@ -9,7 +9,10 @@ import sys
 import tempfile
 import warnings
 
-NAMES = ("attach", "load", "forward", "mixed", "merge", "delta_conv", "distil", "onnx")
+NAMES = (
+    "imports", "life", "scaling", "forward", "compiled", "training", "mixed", "merge", "backbone", "publish",
+    "delta_conv", "distil", "onnx",
+)  # fmt: skip
 
 LARGE = ("merge_large",)
 """Asked for by name only: they need tens of gigabytes of disk."""
@@ -24,10 +27,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if unknown := set(given.names) - {*NAMES, *LARGE}:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}")
-    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_XET="1", TOKENIZERS_PARALLELISM="false")
     warnings.simplefilter("ignore")
 
     import torch
+
+    from benchmarks.harness import OUT
 
     torch.set_num_threads(1)
     missed = 0
@@ -38,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"== {name}", flush=True)
             report = importlib.import_module(f"benchmarks.{name}").run(quick=given.quick)
             print("\n" + report.markdown())
-            print("written:", *report.write())
+            print("written:", *report.write_to(OUT))
             missed += sum(not goal["met"] for goal in report.goals)
     return int(given.strict and missed > 0)
 

@@ -9,19 +9,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import json
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from deltahub.benching.report import Report as _Report
+from deltahub.benching.stopwatch import Timing, machine
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -35,6 +33,7 @@ __all__ = [
     "SCALE",
     "Report",
     "Shape",
+    "Timing",
     "build",
     "machine",
     "measure",
@@ -132,30 +131,6 @@ def random_lora(named: Iterator[tuple[str, nn.Parameter]], seed: int = 1) -> Non
             p.uniform_(-0.02, 0.02, generator=generator)
 
 
-@dataclass(kw_only=True)
-class Timing:
-    """Milliseconds per call."""
-
-    cpu: list[float] = field(default_factory=list)
-    wall: list[float] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.cpu)
-
-    def over(self, other: Timing) -> float:
-        """The median of the ratios within each round: neighbours in time share what else the machine does."""
-        return statistics.median(a / b for a, b in zip(self.cpu, other.cpu, strict=True))
-
-    def to_dict(self) -> dict[str, float | int]:
-        return {
-            "cpu_ms": round(self.median, 3),
-            "cpu_ms_min": round(min(self.cpu), 3),
-            "wall_ms": round(statistics.median(self.wall), 3),
-            "repeats": len(self.cpu),
-        }
-
-
 def measure(
     contestants: Mapping[str, Callable[[], object]],
     *,
@@ -195,82 +170,15 @@ def measure(
     return timings
 
 
-def machine() -> dict[str, object]:
-    """What a reader must know to compare numbers."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = (line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
-        model = next(lines, f":{model}").split(":", 1)[1].strip()
-    versions = {}
-    for name in ("deltahub", "torch", "transformers", "peft", "safetensors"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return {
-        "cpu": model,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        **versions,
-    }
+class Report(_Report):
+    """A report that is written into ``benchmarks/out``, and prints as it goes."""
 
-
-@dataclass(kw_only=True)
-class Report:
-    """Rows of one benchmark, written as Markdown and as JSON."""
-
-    name: str
-    title: str
-    note: str = ""
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    goals: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, case: str, timings: Mapping[str, Timing], *, base: str) -> None:
-        """Add one row per contestant, with its ratio to ``base``."""
-        for contestant, timing in timings.items():
-            ratio = round(timing.over(timings[base]), 4)
-            self.rows.append({"case": case, "contestant": contestant, **timing.to_dict(), f"over {base}": ratio})
-        print("  " + case + ": " + ", ".join(f"{n} {t.median:.2f} ms" for n, t in timings.items()), flush=True)
-
-    def goal(self, text: str, value: float, bound: float, *, at_least: bool) -> None:
-        """Note whether a goal is met; a missed one is reported, not hidden."""
-        met = value >= bound if at_least else value <= bound
-        self.goals.append({"goal": text, "value": round(value, 4), "bound": bound, "met": met})
-        print(f"  {'ok  ' if met else 'MISS'} {text}: {value:.3g} ({'≥' if at_least else '≤'} {bound})", flush=True)
-
-    def markdown(self) -> str:
-        facts = machine()
-        lines = [f"## {self.title}", "", *([self.note, ""] if self.note else [])]
-        for case in dict.fromkeys(row["case"] for row in self.rows):
-            rows = [row for row in self.rows if row["case"] == case]
-            base = next(key for key in rows[0] if key.startswith("over "))
-            lines += [f"**{case}**", "", f"| | CPU ms | least | wall ms | {base} |", "|---|--:|--:|--:|--:|"]
-            lines += [
-                "| {contestant} | {cpu_ms:.2f} | {cpu_ms_min:.2f} | {wall_ms:.2f} |".format(**r) + f" {r[base]:.3f} |"
-                for r in rows
-            ]
-            lines.append("")
-        if self.goals:
-            lines += ["| goal | measured | bound | met |", "|---|--:|--:|---|"]
-            lines += [
-                f"| {g['goal']} | {g['value']:.3g} | {g['bound']} | {'yes' if g['met'] else '**no**'} |"
-                for g in self.goals
-            ]
-            lines.append("")
-        lines.append(", ".join(f"{key} {value}" for key, value in facts.items()))
-        return "\n".join(lines) + "\n"
+    def __post_init__(self) -> None:
+        self.tell = lambda text: print("  " + text, flush=True)
 
     def write(self) -> list[Path]:
         """Write ``out/<name>.md`` and ``out/<name>.json``."""
-        OUT.mkdir(exist_ok=True)
-        document = {"name": self.name, "machine": machine(), "rows": self.rows, "goals": self.goals}
-        paths = [OUT / f"{self.name}.md", OUT / f"{self.name}.json"]
-        paths[0].write_text(self.markdown(), encoding="utf-8")
-        paths[1].write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        return paths
+        return self.write_to(OUT)
 
 
 def names_of(model: nn.Module, suffixes: Sequence[str] = LINEARS) -> list[str]:

@@ -55,6 +55,7 @@ LAYERS = (
     "opening",
     "recipes",
     "demo",
+    "benching",
     "conformance",
     "doctor",
     "cli",

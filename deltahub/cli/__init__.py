@@ -12,7 +12,17 @@ __all__ = ["app", "main"]
 import os
 import sys
 
-from deltahub.cli import converting, demonstrating, doctoring, exporting, fetching, looking, publishing, training  # noqa: F401 - each adds its verbs
+from deltahub.cli import (  # noqa: F401 - each adds its verbs
+    benching,
+    converting,
+    demonstrating,
+    doctoring,
+    exporting,
+    fetching,
+    looking,
+    publishing,
+    training,
+)
 from deltahub.cli.base import app
 
 

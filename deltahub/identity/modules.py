@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltahub.errors import IdentityError
 from deltahub.identity.checkpoints import ValueCheckpoint, place, shared
+from deltahub.targets import SITE_PREFIX, backbone_modules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 def _inner(module: nn.Module) -> tuple[str, nn.Module]:
     """The one pretrained model inside a wrapper such as a sentence transformer, with its prefix; or the module."""
     found: list[tuple[str, nn.Module]] = []
-    for name, part in module.named_modules():
+    for name, part in backbone_modules(module).items():
         if any(name == at or name.startswith(f"{at}.") for at, _ in found if at):
             continue
         if any(
@@ -44,7 +45,7 @@ def _state(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     state = {
         name: value
-        for name, value in model.state_dict(keep_vars=True).items()  # the very tensors, whose leaves are remembered
+        for name, value in _tensors(model).items()
         if isinstance(value, torch.Tensor) and name not in ignored
     }
     if any(value.is_meta for value in state.values()):
@@ -55,12 +56,47 @@ def _state(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
             found=name,
             hint="load the weights first, or check the backbone by its files",
         )
+    odd = next((n for n, v in state.items() if type(v).__module__.startswith(("torchao.", "bitsandbytes."))), None)
+    if odd is not None:
+        raise IdentityError(
+            "E_IDENTITY_VALUES",
+            "the module was quantised in memory, and the backbone is what its files hold",
+            found=odd,
+            hint="name the files that it was quantised from: backbone=, or do not check it: verify=None",
+        )
+    # What several processes share is put together, by all of them at once.
+    state = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
     declared = set(getattr(model, "all_tied_weights_keys", None) or ())
     ties: dict[str, str] = {}
     for names in shared(state):
         kept = next((name for name in names if name not in declared), names[0])
         ties.update((name, kept) for name in names if name != kept)
     return {name: value for name, value in state.items() if name not in ties}, ties
+
+
+def _tensors(model: nn.Module) -> dict[str, Any]:
+    """``model.state_dict(keep_vars=True)``: the very tensors, whose leaves are remembered.
+
+    Where neither hooks nor overriding methods have a say, it is gathered without entering the sites of deltas, of which
+    there may be very many and which give nothing.
+    """
+    from torch import nn
+
+    found: dict[str, Any] = {}
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        prefix, module = waiting.pop()
+        if type(module).state_dict is not nn.Module.state_dict or (
+            module._state_dict_hooks or module._state_dict_pre_hooks
+        ):
+            return dict(model.state_dict(keep_vars=True))
+        module._save_to_state_dict(found, prefix, keep_vars=True)
+        waiting += [
+            (f"{prefix}{name}.", child)
+            for name, child in reversed(module._modules.items())
+            if child is not None and not name.startswith(SITE_PREFIX)
+        ]
+    return found
 
 
 def _saved(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:

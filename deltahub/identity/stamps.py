@@ -7,7 +7,7 @@ losing it costs time and nothing else, and whatever is wrong with it means that 
 
 from __future__ import annotations
 
-__all__ = ["Spec", "Stamp", "cache_folder", "load", "stat_key", "store"]
+__all__ = ["Spec", "Stamp", "cache_folder", "keep_digest", "known_digest", "load", "stat_key", "store"]
 
 import hashlib
 import json
@@ -63,8 +63,8 @@ def _settled(key: list[object]) -> bool:
     return time.time() - newest / 1e9 > (_SETTLED_COARSE if coarse else _SETTLED)
 
 
-def _place(key: list[object]) -> Path:
-    return cache_folder() / "stamps" / f"{hashlib.sha256(str(key[0]).encode('utf-8', 'replace')).hexdigest()}.json"
+def _place(key: list[object], room: str = "stamps") -> Path:
+    return cache_folder() / room / f"{hashlib.sha256(str(key[0]).encode('utf-8', 'replace')).hexdigest()}.json"
 
 
 def load(key: list[object]) -> Stamp | None:
@@ -101,14 +101,30 @@ def store(key: list[object], stamp: Stamp) -> None:
         for name, spec in stamp.tensors.items():
             digests = [one.hex() for one in dict.fromkeys(leaves.get(name, ())) if one]
             tensors[name] = [spec.dtype, spec.shape, *digests]
-        place = _place(key)
-        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        beside = place.with_suffix(f".{secrets.token_hex(8)}.part")
-        try:
-            beside.write_text(
-                json.dumps({"version": _VERSION, "key": key, "tensors": tensors}, separators=(",", ":")),
-                encoding="utf-8",
-            )
-            beside.replace(place)
-        finally:
-            beside.unlink(missing_ok=True)
+        _write(_place(key), {"version": _VERSION, "key": key, "tensors": tensors})
+
+
+def _write(place: Path, data: object) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    beside = place.with_suffix(f".{secrets.token_hex(8)}.part")
+    try:
+        beside.write_text(json.dumps(data, separators=(",", ":")), encoding="utf-8")
+        beside.replace(place)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def known_digest(key: list[object]) -> tuple[str, bool] | None:
+    """The SHA-256 of a whole file, in hex, and whether its values are known to be finite, if a stamp holds for it."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        found = json.loads(_place(key, "files").read_bytes())
+        if found["version"] == _VERSION and found["key"] == key:
+            return str(found["sha256"]), found["finite"] is True
+    return None
+
+
+def keep_digest(key: list[object], sha256: str, *, finite: bool) -> None:
+    """Keep what :func:`known_digest` gives; never fails, and as :func:`store` stamps no file that may still change."""
+    with suppress(OSError):
+        if stat_key(Path(str(key[0]))) == key and _settled(key):
+            _write(_place(key, "files"), {"version": _VERSION, "key": key, "sha256": sha256, "finite": finite})

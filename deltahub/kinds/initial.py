@@ -24,6 +24,9 @@ __all__ = ["Draws", "initial"]
 
 Draw = Callable[..., Tensor]
 
+_PIECE = 1 << 16
+"""Numbers that are drawn at once, so that their bits stay in the processor's cache."""
+
 
 class Draws:
     """Where the fresh tensors of one delta get their random numbers: a generator, and a stream seeded by it."""
@@ -40,12 +43,22 @@ class Draws:
             return torch.empty(shape, device=self.generator.device, dtype=dtype).uniform_(
                 -bound, bound, generator=self.generator
             )
+        count, width = math.prod(shape), 2 if dtype.itemsize == 2 else 4
+        wide, factor = torch.float64 if dtype == torch.float64 else torch.float32, bound / 2 ** (8 * width - 1)
+        if count <= _PIECE:
+            return self._signed(count, width).to(wide).mul_(factor).view(shape).to(dtype)
+        value = torch.empty(count, dtype=dtype)
+        for at in range(0, count, _PIECE):
+            piece = value[at : at + _PIECE]
+            piece.copy_(self._signed(len(piece), width).to(wide).mul_(factor))
+        return value.view(shape)
+
+    def _signed(self, count: int, width: int) -> Tensor:
+        """Whole numbers of ``width`` bytes, all of them equally likely."""
         if self._bits is None:
             self._bits = np.random.SFC64(int(torch.randint(2**63 - 1, (), generator=self.generator)))
-        count, width = math.prod(shape), 2 if dtype.itemsize == 2 else 4
-        whole = self._bits.random_raw(-(-count * width // 8)).view(f"i{width}")
-        value = torch.from_numpy(whole)[:count].to(torch.float64 if dtype == torch.float64 else torch.float32)
-        return value.mul_(bound / 2 ** (8 * width - 1)).view(shape).to(dtype)
+        bits = self._bits.random_raw(-(-count * width // 8)).view(f"i{width}")
+        return torch.from_numpy(bits if len(bits) == count else bits[:count])
 
 
 def _fans(shape: tuple[int, ...]) -> tuple[int, int]:

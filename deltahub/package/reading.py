@@ -4,14 +4,16 @@ from __future__ import annotations
 
 __all__ = ["Package"]
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 
 from deltahub.errors import PackageError, TensorFileError
+from deltahub.identity import stamps
 from deltahub.limits import DEFAULT, Limits
-from deltahub.manifest import FILE_NAME, Manifest
+from deltahub.manifest import FILE_NAME, FileEntry, Manifest
 from deltahub.package import probe as probes
 from deltahub.package.checking import Site, check_kinds, check_tensors
 from deltahub.package.folder import locate, read_manifest, unlisted
@@ -49,7 +51,7 @@ class Package:
         sites: Mapping[str, Site],
         files: Mapping[str, TensorFile],
         ignored: tuple[str, ...],
-        allow_nonfinite: bool,
+        finite: Collection[str],
     ) -> None:
         self.path, self.root = path, root
         self.manifest, self.registry, self.ignored = manifest, registry, ignored
@@ -61,8 +63,7 @@ class Package:
         self._index = check_tensors(sites, header, where=path)
         if self._probe is not None:
             probes.check(self._probe)
-        if not allow_nonfinite:
-            self._check_finite()
+        self._check_finite(finite)
 
     @classmethod
     def open(
@@ -72,6 +73,8 @@ class Package:
         root: str | os.PathLike[str] | None = None,
         limits: Limits = DEFAULT,
         allow_nonfinite: bool = False,
+        parsed: tuple[Manifest, str] | None = None,
+        remember: bool = False,
     ) -> Self:
         """Read and check a package.
 
@@ -81,6 +84,10 @@ class Package:
                 default they may not leave the package.
             limits: what to accept at most.
             allow_nonfinite: accept NaN and infinities among the tensors' values.
+            parsed: a manifest and the SHA-256 of the bytes that it was parsed from; while the folder holds the same
+                bytes, it is not parsed again.
+            remember: keep what was found about a large file (for exactly its path, device, inode, size and times), and
+                do not hash it a second time. What is remembered lies in the user's own cache folder.
 
         Raises:
             ManifestError, TargetError: as :meth:`deltahub.manifest.Manifest.parse`.
@@ -94,11 +101,16 @@ class Package:
         if not folder.is_dir():
             raise PackageError("E_PACKAGE_MISSING", "there is no such folder", where=folder)
         where = str(folder / FILE_NAME)
-        manifest = Manifest.parse(read_manifest(folder, root=home, limits=limits), where=where, limits=limits)
+        raw = read_manifest(folder, root=home, limits=limits)
+        if parsed is not None and hashlib.sha256(raw).hexdigest() == parsed[1]:
+            manifest = parsed[0]
+        else:
+            manifest = Manifest.parse(raw, where=where, limits=limits)
         registry, sites = check_kinds(manifest, where=where)
         found = {entry.path: locate(folder, entry.path, root=home) for entry in manifest.files}
         for entry in manifest.files:  # all sizes before the first byte is read
             _check_size(found[entry.path], entry.size)
+        memories = {e.path: _Memory(found[e.path], e) for e in manifest.files if remember and e.size >= _LARGE}
         files = {
             entry.path: TensorFile.read(
                 found[entry.path],
@@ -106,10 +118,11 @@ class Package:
                 sha256=entry.sha256,
                 max_header=limits.tensors_header_bytes,
                 max_tensors=limits.tensors_count,
+                stamp=memories[entry.path].stamp if entry.path in memories else None,
             )
             for entry in manifest.files
         }
-        return cls(
+        package = cls(
             path=folder,
             root=home,
             manifest=manifest,
@@ -117,8 +130,11 @@ class Package:
             sites=sites,
             files=files,
             ignored=unlisted(folder, {FILE_NAME, *found}, limits=limits),
-            allow_nonfinite=allow_nonfinite,
+            finite=files if allow_nonfinite else [path for path, memory in memories.items() if memory.finite],
         )
+        for memory in memories.values():
+            memory.keep(finite=not allow_nonfinite)
+        return package
 
     def __repr__(self) -> str:
         kinds = ", ".join(f"{m.name}: {m.kind}@{m.version} × {len(m.paths)}" for m in self.manifest.modules)
@@ -220,8 +236,10 @@ class Package:
                 found[name] = file
         return found
 
-    def _check_finite(self) -> None:
-        wrong = list(self._nonfinite())
+    def _check_finite(self, known: Collection[str]) -> None:
+        """Look at every value, but for those of the files that are known to be finite or need not be."""
+        files = [f for entry, f in zip(self.manifest.tensor_files, self._files, strict=True) if entry.path not in known]
+        wrong = [name for file in files for name in file if not file.finite(name)]
         if wrong:
             raise PackageError(
                 "E_PACKAGE_VALUES",
@@ -231,8 +249,31 @@ class Package:
                 also=[f"so does {name!r}" for name in wrong[1:]],
             )
 
-    def _nonfinite(self) -> Iterator[str]:
-        return (name for name, file in self._origin.items() if not file.finite(name))
+
+_LARGE = 1 << 20
+"""Bytes of a file below which hashing it again costs less than looking up that it was hashed."""
+
+
+class _Memory:
+    """What is remembered of one file of a package."""
+
+    def __init__(self, path: Path, entry: FileEntry) -> None:
+        try:
+            self.key = stamps.stat_key(path)
+        except OSError:  # it will be refused, with its reason, when it is opened
+            self.key = []
+        known = stamps.known_digest(self.key) if self.key else None
+        self.sha256 = entry.sha256
+        self.hashed = known is not None and known[0] == entry.sha256
+        self.finite = self.hashed and known is not None and known[1]
+
+    @property
+    def stamp(self) -> list[object] | None:
+        return self.key[1:] if self.hashed else None
+
+    def keep(self, *, finite: bool) -> None:
+        if self.key and (not self.hashed or (finite and not self.finite)):
+            stamps.keep_digest(self.key, self.sha256, finite=finite)
 
 
 def _check_size(path: Path, size: int) -> None:

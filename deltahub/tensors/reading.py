@@ -8,7 +8,7 @@ import hashlib
 import mmap
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -92,6 +92,7 @@ class TensorFile(Mapping[str, TensorInfo]):
         max_header: int = MAX_HEADER,
         max_tensors: int = MAX_TENSORS,
         max_bytes: int = MAX_BYTES,
+        stamp: Sequence[object] | None = None,
     ) -> Self:
         """Read the file into memory once, hash it, check it.
 
@@ -102,12 +103,16 @@ class TensorFile(Mapping[str, TensorInfo]):
             max_header: bytes of header at most.
             max_tensors: tensors at most.
             max_bytes: bytes of file at most.
+            stamp: device, inode, size, modification and change time (in ns) of the file when it was last hashed and
+                was the one that ``sha256`` says; while they are the same, before and after reading, it is not hashed.
 
         Raises:
-            TensorFileError: as :meth:`open`, and ``E_TENSORS_SIZE``, ``E_TENSORS_TOO_LARGE``, ``E_TENSORS_SHA256``.
+            TensorFileError: as :meth:`open`, and ``E_TENSORS_SIZE``, ``E_TENSORS_TOO_LARGE``, ``E_TENSORS_SHA256``,
+                ``E_TENSORS_CHANGED``.
         """
         with open_regular(path) as file:
             actual = os.fstat(file.fileno()).st_size
+            stamped = sha256 is not None and stamp is not None and _stamp(file) == (*stamp,)
             if size is not None and actual != size:
                 raise TensorFileError(
                     "E_TENSORS_SIZE", "the file has not the declared size", where=path, expected=size, found=actual
@@ -123,7 +128,10 @@ class TensorFile(Mapping[str, TensorInfo]):
             raw = header_bytes(file, actual, path, max_header)
             # With a digest to hold it against, an altered header is best reported as that, so parsing waits.
             header = None if sha256 else parse(raw[8:], actual - len(raw), len(raw), path, max_tensors)
-            body, found = _body(file, actual - len(raw), hashlib.sha256(raw), path)
+            body, found = _body(file, actual - len(raw), None if stamped else hashlib.sha256(raw), path)
+            if stamped and stamp is not None and _stamp(file) != (*stamp,):
+                raise TensorFileError("E_TENSORS_CHANGED", "the file changed while it was read", where=path)
+            found = sha256 or "" if stamped else found
         if sha256 is not None and found != sha256:
             raise TensorFileError(
                 "E_TENSORS_SHA256",
@@ -248,6 +256,11 @@ class TensorFile(Mapping[str, TensorInfo]):
         )
 
 
+def _stamp(file: FileIO) -> tuple[object, ...]:
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def _map(descriptor: int) -> mmap.mmap:
     """A private, writable map: tensors over it do not warn, and what is written to them stays in this process.
 
@@ -259,8 +272,10 @@ def _map(descriptor: int) -> mmap.mmap:
     return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
 
 
-def _body(file: FileIO, size: int, digest: hashlib._Hash, path: str | os.PathLike[str]) -> tuple[memoryview, str]:
-    """Read and hash ``size`` bytes, to the very end of the file, into memory aligned for every dtype."""
+def _body(
+    file: FileIO, size: int, digest: hashlib._Hash | None, path: str | os.PathLike[str]
+) -> tuple[memoryview, str]:
+    """Read ``size`` bytes, to the very end of the file, into memory aligned for every dtype; hash them too."""
     try:
         # np.empty, for a bytearray is filled with zeros first.
         slab = np.empty(size + _ALIGN, dtype=np.uint8)
@@ -272,11 +287,12 @@ def _body(file: FileIO, size: int, digest: hashlib._Hash, path: str | os.PathLik
     try:
         # Read and hashed in pieces, so that each is still in the processor's cache when it is hashed.
         while got := file.readinto(body[at : at + CHUNK]) if at < size else 0:
-            digest.update(body[at : at + got])
+            if digest is not None:
+                digest.update(body[at : at + got])
             at += got
         more = file.read(1)
     except OSError as error:
         raise TensorFileError("E_TENSORS_UNREADABLE", f"the file cannot be read: {error}", where=path) from None
     if at != size or more:
         raise TensorFileError("E_TENSORS_CHANGED", "the file changed its size while it was read", where=path)
-    return body, digest.hexdigest()
+    return body, "" if digest is None else digest.hexdigest()
