@@ -6,7 +6,7 @@ Everything that can be refused is refused here, before a byte is written.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from deltahub.converters.architecture import Architecture
@@ -57,21 +57,24 @@ def resolve_tensors(
     live: list[Live] = []
     for path, job in jobs.items():
         try:
-            made = _resolve_module(path, job, arch, checkpoint, dtype, method)
+            made = _resolve_module(path, jobs, arch, checkpoint, dtype, method)
         except ConverterError as error:
             if not bake or error.code not in _LIVE_CODES:
                 raise
             live += job.live(f"{', '.join(job.owners)} at {path}: {error.what}")
             continue
-        if twice := made.keys() & found.keys():
-            raise ConverterError("E_MERGE_NAMES", "two modules write this tensor", where=min(twice))
+        for name in made.keys() & found.keys():
+            live_name = f"{path}.{name.rpartition('.')[2]}"
+            if live_name not in arch.tied:
+                raise ConverterError("E_MERGE_NAMES", "two modules write this tensor", where=name)
+            made[name] = replace(made[name], source=_Tied(live_name, found[name].source, made[name].source))
         found |= made
     return found, live
 
 
 def _resolve_module(
     path: str,
-    job: Job,
+    jobs: Mapping[str, Job],
     arch: Architecture,
     checkpoint: Checkpoint,
     dtype: torch.dtype | None,
@@ -80,6 +83,7 @@ def _resolve_module(
     from deltahub.hosts import BLOCK
     from deltahub.merging import Merging, stored_transposed
 
+    job = jobs[path]
     view, shape = job.host.view, job.host.shape
     weight = shape.weight_shape
     if view is BLOCK or weight is None:
@@ -91,6 +95,7 @@ def _resolve_module(
         if wanted:
             # A parameter that only one package has is no matter of combining.
             alone = len(job.packages) == 1 and arch.stored.get(f"{path}.{name}") is None
+            _check_ties(job, name, jobs, arch)
             places[name] = _place(job, name, arch, checkpoint, reads=job.reads(name) or (combined and not alone))
     fallback = _float_dtype(checkpoint, places, arch, path)
     found: dict[str, Computed] = {}
@@ -121,6 +126,26 @@ def _float_dtype(
     return torch_dtype(sizes.most_common(1)[0][0] if sizes else "F32")
 
 
+def _check_ties(job: Job, name: str, jobs: Mapping[str, Job], arch: Architecture) -> None:
+    """A tied parameter may be merged where the deltas change it under all of its names."""
+    live = f"{job.host.path}.{name}"
+    others = [other for other in arch.tied.get(live, ()) if other != live]
+    for other in others:
+        path, _, last = other.rpartition(".")
+        if path not in jobs or not any(last in change.ports for change in jobs[path].changes):
+            raise _tied(live, others)
+
+
+def _tied(live: str, others: Sequence[str]) -> ConverterError:
+    return ConverterError(
+        "E_MERGE_TIED",
+        "merging would change another module too: the parameter is tied",
+        where=live,
+        found=", ".join(others),
+        hint="keep the delta live, or untie the backbone first",
+    )
+
+
 def _place(job: Job, name: str, arch: Architecture, checkpoint: Checkpoint, *, reads: bool) -> str | None:
     """Where a parameter lies in the files; ``None`` for one that is new and set as a whole."""
     live = f"{job.host.path}.{name}"
@@ -131,14 +156,6 @@ def _place(job: Job, name: str, arch: Architecture, checkpoint: Checkpoint, *, r
             where=live,
             found=", ".join(job.owners),
             hint="keep the delta live",
-        )
-    if live in arch.tied:
-        raise ConverterError(
-            "E_MERGE_TIED",
-            "merging would change another module too: the parameter is tied",
-            where=live,
-            found=", ".join(other for other in arch.tied[live] if other != live),
-            hint="keep the delta live, or untie the backbone first",
         )
     if live in arch.converted:
         raise ConverterError(
@@ -238,6 +255,23 @@ class _Blocks:
             rows = shape if at is None else (at[1] - at[0], *shape[1:])
             return torch.zeros(rows, dtype=self.own)
         return self.checkpoint.rows(stored, *(at or ()))
+
+
+class _Tied:
+    """A parameter that modules share, changed in each of them: to the same values, or not at all."""
+
+    def __init__(self, live: str, *sources: Source) -> None:
+        self.live, self.sources = live, sources
+
+    def blocks(self) -> Iterator[Tensor]:
+        import itertools
+
+        import torch
+
+        for one, other in itertools.zip_longest(*(source.blocks() for source in self.sources)):
+            if one is None or other is None or one.shape != other.shape or not torch.equal(one, other):
+                raise _tied(self.live, ["a module that another delta, or another part of it, makes something else of"])
+            yield one
 
 
 class _Combined(_Blocks):

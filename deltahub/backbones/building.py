@@ -177,7 +177,8 @@ def _transformers(order: _Order) -> Built:
     cls = find_class(order.library, order.name)
     declared = _config(order).get("model_type")
     config = cls.config_class.from_pretrained(str(order.stage), local_files_only=True)
-    configure(config, build_fields(order.settings, order.library))
+    shaping = build_fields(order.settings, order.library)
+    configure(config, shaping)
     model, report = cls.from_pretrained(
         str(order.stage),
         config=config,
@@ -187,6 +188,8 @@ def _transformers(order: _Order) -> Built:
         trust_remote_code=False,
         use_safetensors=order.safetensors,
         output_loading_info=True,
+        # What a setting makes larger or smaller is a parameter that the checkpoint does not have.
+        ignore_mismatched_sizes=bool(shaping),
     )
     # The stage is gone in a moment; the origin is what `describe` reads.
     model.config._name_or_path = model.name_or_path = str(order.files.folder)
@@ -195,7 +198,7 @@ def _transformers(order: _Order) -> Built:
         notes = (f"the backbone's configuration is of type {declared}, its class of type {wanted}",)
     return Built(
         model=model,
-        missing=tuple(sorted(report["missing_keys"])),
+        missing=tuple(sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})),
         unused=tuple(sorted(report["unexpected_keys"])),
         notes=notes,
     )

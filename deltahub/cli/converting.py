@@ -75,25 +75,47 @@ def diff(
     base: Annotated[str, typer.Argument(help="The backbone: a folder or a repository.")],
     tuned: Annotated[str, typer.Argument(help="The fine-tuned checkpoint.")],
     out: Out,
-    form: Annotated[str, typer.Option(help="exact, lowrank or dense.")] = "exact",
+    form: Annotated[str, typer.Option(help="exact, dense, lowrank, sparse, dare, sign, int8 or auto.")] = "exact",
     rank: Annotated[int | None, typer.Option(help="Of a low-rank diff.")] = None,
     energy: Annotated[float | None, typer.Option(help="Share of the difference that a low-rank diff keeps.")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of elements that a sparse diff keeps.")] = None,
+    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
+    bits: Annotated[float | None, typer.Option(help="For auto: bits for each number, on average.")] = None,
+    error: Annotated[float | None, typer.Option(help="For auto: greatest relative error of a weight.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write the difference between two checkpoints as a package."""
     from deltahub.converters import diff as run
 
-    found = run(base, tuned, out, form=form, rank=rank, energy=energy, overwrite=overwrite)
+    found = run(
+        base,
+        tuned,
+        out,
+        form=form,
+        rank=rank,
+        energy=energy,
+        density=density,
+        seed=seed,
+        bits=bits,
+        error=error,
+        overwrite=overwrite,
+    )
 
     def lines(result: dict[str, Any]) -> Iterable[str]:
         yield f"{result['folder']}: {len(result['parameters'])} parameter(s) differ, {result['untouched']} do not"
+        yield f"{result['bits']:.2f} bits for each number of these"
         for one in result["parameters"]:
             if one.form != "exact":
                 shape = f"{one.form}, rank {one.rank}" if one.rank else one.form
-                yield f"{one.name}: {shape}, relative error {one.relative:.2g}, largest {one.largest:.2g}"
+                yield (
+                    f"{one.name}: {shape}, {one.bits:.2f} bits, relative error {one.relative:.2g}, "
+                    f"largest {one.largest:.2g}"
+                )
 
-    document = {"folder": str(out), "parameters": found.parameters, "untouched": found.untouched}
+    document = {
+        "folder": str(out), "parameters": found.parameters, "untouched": found.untouched, "bits": found.bits,
+    }  # fmt: skip
     show(document, as_json, lines)
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "MAX_RANK",
     "MAX_TENSORS",
     "FileDigest",
+    "Pending",
     "TensorFile",
     "TensorInfo",
     "copy_stream",
@@ -38,5 +39,5 @@ from deltahub.tensors.dtypes import DTYPES, dtype_name, torch_dtype
 from deltahub.tensors.files import FileDigest, copy_stream, open_regular, sha256_file
 from deltahub.tensors.header import MAX_HEADER, MAX_NAME, MAX_RANK, MAX_TENSORS, TensorInfo
 from deltahub.tensors.reading import MAX_BYTES, TensorFile
-from deltahub.tensors.values import value_bytes, value_layout
+from deltahub.tensors.values import Pending, value_bytes, value_layout
 from deltahub.tensors.writing import write

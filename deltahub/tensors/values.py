@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["value_bytes", "value_layout"]
+__all__ = ["Pending", "value_bytes", "value_layout"]
 
+import math
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,25 @@ import numpy as np
 from deltahub.errors import TensorFileError
 from deltahub.tensors.dtypes import dtype_name
 from deltahub.tensors.header import MAX_RANK, name_fault
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """A tensor that is made when it is written, and let go then: what is large need not be held.
+
+    Attributes:
+        dtype: torch's or NumPy's.
+        shape: what ``make`` gives.
+        make: gives the values, as a tensor or an array; the same ones each time.
+    """
+
+    dtype: Any
+    shape: tuple[int, ...]
+    make: Callable[[], Any]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * int(self.dtype.itemsize)
 
 
 def _is_torch(value: object) -> bool:
@@ -34,7 +56,7 @@ def value_layout(name: str, value: Any, where: object = None) -> tuple[str, tupl
         plain = value.layout == torch.strided and not value.is_quantized and not value.is_nested
         if value.device.type == "meta" or not plain:
             raise TensorFileError("E_TENSORS_VALUE", f"{name}: this is not a dense tensor with values", where=where)
-    elif not isinstance(value, np.ndarray):
+    elif not isinstance(value, np.ndarray | Pending):
         raise TensorFileError("E_TENSORS_VALUE", f"{name}: not a tensor", where=where, found=type(value).__name__)
     dtype, shape = dtype_name(value.dtype), tuple(int(dim) for dim in value.shape)
     if dtype == "F4":
@@ -50,8 +72,20 @@ def value_bytes(name: str, value: Any, where: object = None) -> memoryview:
     """The bytes of a value, little-endian and in C order; copied only where they are not so already.
 
     Raises:
-        TensorFileError: ``E_TENSORS_VALUE``: a fake tensor, one spread over machines, or the like.
+        TensorFileError: ``E_TENSORS_VALUE``: a fake tensor, one spread over machines, or the like; or what was made is
+            not what was announced.
     """
+    if isinstance(value, Pending):
+        made = value.make()
+        if value_layout(name, made, where) != value_layout(name, value, where):
+            raise TensorFileError(
+                "E_TENSORS_VALUE",
+                f"{name}: another tensor was made than was announced",
+                where=where,
+                expected=value_layout(name, value, where),
+                found=value_layout(name, made, where),
+            )
+        return value_bytes(name, made, where)
     if _is_torch(value):
         import torch
 

@@ -15,7 +15,7 @@ from deltahub.errors import TensorFileError
 from deltahub.tensors.dtypes import DTYPES
 from deltahub.tensors.files import CHUNK, FileDigest, replacing
 from deltahub.tensors.header import MAX_HEADER
-from deltahub.tensors.values import value_bytes, value_layout
+from deltahub.tensors.values import Pending, value_bytes, value_layout
 
 if TYPE_CHECKING:
     import os
@@ -38,7 +38,7 @@ class _Planned(NamedTuple):
 
 def write(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, torch.Tensor | np.ndarray[Any, Any]],
+    tensors: Mapping[str, torch.Tensor | np.ndarray[Any, Any] | Pending],
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> FileDigest:
@@ -51,7 +51,7 @@ def write(
     Args:
         path: the file; its folder must exist. It appears whole or stays as it was.
         tensors: torch tensors of any device and layout in memory, or arrays. Values on ``meta``, sparse
-            and quantised ones are refused.
+            and quantised ones are refused. A :class:`Pending` one is made when its turn has come.
         metadata: strings to strings.
 
     Returns:

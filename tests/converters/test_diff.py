@@ -42,8 +42,6 @@ def everything(model: torch.nn.Module) -> None:
 def test_an_exact_diff_gives_back_every_bit(name: str, dtype: torch.dtype, backbone: Make, tmp_path: Path) -> None:
     base = backbone(name, dtype=dtype)
     fine = tuned(base, name, everything, dtype)
-    if name == "gpt2":  # its embedding is tied to its head: a delta of one is a delta of both, which merging refuses
-        fine = tuned(base, name, lambda m: everything(m.transformer.h), dtype)
     report = diff(base, fine, tmp_path / "package")
     assert all(one.form == "exact" and one.relative == 0 for one in report.parameters)
     merge(report.package, tmp_path / "again", backbone=base)
@@ -133,6 +131,10 @@ def test_a_head_that_the_backbone_lacks(backbone: Make, tmp_path: Path) -> None:
         ({"form": "lowrank", "rank": 0}, "E_DIFF_FORM"),
         ({"form": "lowrank", "energy": 1.5}, "E_DIFF_FORM"),
         ({"form": "exact", "rank": 3}, "E_DIFF_FORM"),
+        ({"form": "exact", "density": 0.1}, "E_DIFF_FORM"),
+        ({"form": "auto"}, "E_DIFF_FORM"),
+        ({"form": "auto", "bits": 2.0, "error": 0.1}, "E_DIFF_FORM"),
+        ({"form": "auto", "bits": -1.0}, "E_DIFF_FORM"),
         ({}, "E_DIFF_EQUAL"),
     ],
 )
@@ -144,14 +146,127 @@ def test_diffs_that_make_no_sense(options: dict[str, Any], code: str, backbone: 
     assert not (tmp_path / "p").exists()
 
 
-def test_a_resized_vocabulary_is_refused(backbone: Make, tmp_path: Path) -> None:
-    base = backbone("llama")
-    model = tiny.load_model("llama", base)
-    model.resize_token_embeddings(70)
+@pytest.mark.parametrize(("name", "size"), [("llama", 70), ("gpt2", 50)])
+def test_a_resized_vocabulary(name: str, size: int, backbone: Make, tmp_path: Path) -> None:
+    """Grown or shrunk, tied to the head or not: its size is a setting, and the package holds all of it."""
+    base = backbone(name)
+    model = tiny.load_model(name, base)
+    model.resize_token_embeddings(size, mean_resizing=False)
     model.save_pretrained(tmp_path / "fine")
-    with pytest.raises(DeltaHubError) as caught:
-        diff(base, tmp_path / "fine", tmp_path / "p")
-    assert caught.value.code == "E_DIFF_SHAPE"
+    report = diff(base, tmp_path / "fine", tmp_path / "p")
+    assert [setting.path for setting in report.package.manifest.settings or ()] == ["vocab_size"]
+    ids = torch.tensor([[1, 5, size - 1]])
+    loaded = deltahub.load(tmp_path / "p", backbone=base)
+    again = tiny.load_model(name, tmp_path / "fine")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, again(ids).logits)
+
+
+def test_a_tied_embedding_reaches_its_head(backbone: Make, tmp_path: Path) -> None:
+    base = backbone("gpt2")
+    fine = tuned(base, "gpt2", lambda m: m.transformer.wte.weight.mul_(1.5), torch.float32)
+    report = diff(base, fine, tmp_path / "p")
+    assert {one.name for one in report.parameters} == {"transformer.wte.weight", "lm_head.weight"}
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        loaded = deltahub.load(tmp_path / "p", backbone=base)(ids).logits
+        assert torch.equal(loaded, tiny.load_model("gpt2", fine)(ids).logits)
+
+
+def test_a_few_rows_and_a_bias_take_no_more_than_they_are(backbone: Make, tmp_path: Path) -> None:
+    def change(model: torch.nn.Module) -> None:
+        model.bert.embeddings.word_embeddings.weight[[3, 40]] += 0.5
+        model.bert.encoder.layer[0].output.dense.bias += 0.25
+
+    base = backbone("bert", dtype=torch.bfloat16)
+    fine = tuned(base, "bert", change, torch.bfloat16)
+    report = diff(base, fine, tmp_path / "p")
+    assert {m.kind: m.paths for m in report.package.manifest.modules} == {
+        "tokens": ("bert.embeddings.word_embeddings",),
+        "bias": ("bert.encoder.layer.0.output.dense",),
+    }
+    assert all(one.relative == 0 for one in report.parameters)
+    merge(report.package, tmp_path / "again", backbone=base)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (fine / "model.safetensors").read_bytes()
+
+
+def noisy(model: torch.nn.Module) -> None:
+    """Changes of a few large directions and a little everywhere, in weights large enough to be worth a lossy form."""
+    generator = torch.Generator().manual_seed(4)
+    for layer in model.model.layers:
+        for part in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            weight = part.weight
+            left, right = torch.randn(len(weight), 2, generator=generator), torch.randn(2, 128, generator=generator)
+            weight.add_(left @ right * 0.05 + torch.randn(weight.shape, generator=generator) * 0.01)
+        layer.input_layernorm.weight.mul_(1.5)
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> tuple[Path, Path]:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=128, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
+    return tmp_path / "wide", tuned(tmp_path / "wide", "llama", noisy, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "bits", "relative"),
+    [
+        ("lowrank", {"rank": 2}, 1.2, 0.15),
+        ("sparse", {"density": 0.1}, 6.41, 0.9),
+        ("dare", {"density": 0.1}, 8.0, 4.0),
+        ("sign", {}, 1.3, 0.8),
+        ("int8", {}, 8.3, 0.02),
+    ],
+)
+def test_lossy_forms(
+    form: str, options: dict[str, Any], bits: float, relative: float, wide: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """What the report says is what a merge gives; norms stay exact."""
+    base, fine = wide
+    report = diff(base, fine, tmp_path / "p", form=form, **options)
+    forms = {one.name: one for one in report.parameters}
+    assert forms["model.layers.0.input_layernorm.weight"].form == "exact"
+    merge(report.package, tmp_path / "again", backbone=base)
+    states = [tiny.load_model("llama", folder).state_dict() for folder in (base, fine, tmp_path / "again")]
+    for name in ("gate_proj", "up_proj"):
+        key = f"model.layers.0.mlp.{name}.weight"
+        old, new, made = (state[key].double() for state in states)
+        lost = float((made - new).norm() / (new - old).norm())
+        assert forms[key].relative == pytest.approx(lost, abs=1e-4)
+        assert 0 < lost < relative
+        assert forms[key].bits < bits
+        assert forms[key].form == ("sparse" if form == "dare" else form)
+
+
+def test_signs_have_the_best_factors(wide: tuple[Path, Path], tmp_path: Path) -> None:
+    base, fine = wide
+    report = diff(base, fine, tmp_path / "p", form="sign")
+    (module,) = (m for m in report.package.manifest.modules if m.kind == "diff-sign")
+    states = [tiny.load_model("llama", folder).state_dict() for folder in (base, fine)]
+    for path in module.paths:
+        change = states[1][f"{path}.weight"] - states[0][f"{path}.weight"]
+        signs = torch.where(change >= 0, 1.0, -1.0)
+        fitted = torch.linalg.lstsq(signs[0][:, None], change[0][:, None]).solution
+        assert float(report.package.tensor(f"{module.name}/{path}/gain")[0]) == pytest.approx(float(fitted), rel=1e-4)
+
+
+def test_auto_keeps_to_its_budget(wide: tuple[Path, Path], tmp_path: Path) -> None:
+    base, fine = wide
+    found = {}
+    for bits in (1.2, 4.0, 33.0):
+        report = diff(base, fine, tmp_path / f"p{bits}", form="auto", bits=bits)
+        weights = [one for one in report.parameters if one.name.endswith("_proj.weight")]
+        assert sum(one.bits * one.numbers for one in weights) <= bits * sum(one.numbers for one in weights)
+        found[bits] = max(one.relative for one in weights)
+    assert found[1.2] > found[4.0] > found[33.0] == 0
+    for error in (0.5, 0.02, 1e-9):
+        report = diff(base, fine, tmp_path / f"e{error}", form="auto", error=error)
+        assert max(one.relative for one in report.parameters) <= error * 1.01
 
 
 def test_bare_parameters_are_named(tmp_path: Path) -> None:
