@@ -35,6 +35,9 @@ class HostModule:
         shape: the host's facts.
         takes_bias: whether its own forward would add a bias.
         type_name: its class, for messages.
+        names: live names of its ``weight`` and its ``bias``.
+        stack: how many linear maps it is, where it is a stack of them.
+        runs: whether it is a module that runs; a parameter that its module uses by itself does not.
     """
 
     path: str
@@ -42,6 +45,9 @@ class HostModule:
     shape: HostShape
     takes_bias: bool
     type_name: str
+    names: Mapping[str, str]
+    stack: int = 0
+    runs: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,22 +74,31 @@ class Architecture:
             ConverterError: ``E_MERGE_TARGET``.
         """
         from deltahub.hosts import view_of
+        from deltahub.places import place_of
 
-        module = self._modules.get(path) if path else None
-        if module is None:
+        place = place_of({"": self.model, **self._modules}, path)
+        if place is None:
             import difflib
 
             near = difflib.get_close_matches(path, list(self._modules), 3, cutoff=0.5)
             raise ConverterError(
                 "E_MERGE_TARGET", "the backbone has no such module", where=path, expected=", ".join(near) or None
             )
-        view = view_of(module)
+        module, own = place.module, place.view
+        view: View = view_of(module) if own is None else own
+        around = f"{path}." if own is None else path[: path.rfind(".") + 1]
         return HostModule(
             path=path,
             view=view,
             shape=view.shape(module, type(module)),
             takes_bias=view.takes_bias(module),
             type_name=type(module).__name__,
+            names={
+                "weight": around + (view.weight_name or "weight"),
+                "bias": around + (view.bias_name or "bias"),
+            },
+            stack=0 if own is None else own.stack(module),
+            runs=own is None,
         )
 
 

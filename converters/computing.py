@@ -85,38 +85,36 @@ def _resolve_module(
 
     job = jobs[path]
     view, shape = job.host.view, job.host.shape
-    weight = shape.weight_shape
-    if view is BLOCK or weight is None:
+    if view is BLOCK or shape.weight_shape is None:
         raise ConverterError("E_MERGE_UNMERGEABLE", "this module has no weight of its own", where=path)
+    weight = _canonical_shape(job)
     merging = Merging(job.changes, weight, transposed=stored_transposed(view.canonical))
     combined = not method.sequential
     places: dict[str, str | None] = {}
     for name, wanted in (("weight", merging.sets_weight), ("bias", merging.sets_bias)):
         if wanted:
             # A parameter that only one package has is no matter of combining.
-            alone = len(job.packages) == 1 and arch.stored.get(f"{path}.{name}") is None
+            alone = len(job.packages) == 1 and arch.stored.get(job.host.names[name]) is None
             _check_ties(job, name, jobs, arch)
             places[name] = _place(job, name, arch, checkpoint, reads=job.reads(name) or (combined and not alone))
-    fallback = _float_dtype(checkpoint, places, arch, path)
+    fallback = _float_dtype(checkpoint, places, arch, job)
     found: dict[str, Computed] = {}
     for name, stored in places.items():
         kind = _Combined if combined and stored is not None else _Blocks
         source = kind(job, merging, name, arch, checkpoint, dtype, fallback, method)
-        found[stored or f"{path}.{name}"] = Computed(
+        found[stored or job.host.names[name]] = Computed(
             shape=source.shape, dtype=source.dtype, new=stored is None, source=source
         )
     return found
 
 
-def _float_dtype(
-    checkpoint: Checkpoint, places: Mapping[str, str | None], arch: Architecture, path: str
-) -> torch.dtype:
+def _float_dtype(checkpoint: Checkpoint, places: Mapping[str, str | None], arch: Architecture, job: Job) -> torch.dtype:
     """The dtype of a module's tensors in the files; of a new module, that of most of the checkpoint."""
     from collections import Counter
 
     from deltahub.tensors import torch_dtype
 
-    for stored in [*places.values(), arch.stored.get(f"{path}.weight")]:
+    for stored in [*places.values(), arch.stored.get(job.host.names["weight"])]:
         if stored is not None and checkpoint[stored].info.dtype in FLOATS:
             return torch_dtype(checkpoint[stored].info.dtype)
     sizes: Counter[str] = Counter()
@@ -148,7 +146,7 @@ def _tied(live: str, others: Sequence[str]) -> ConverterError:
 
 def _place(job: Job, name: str, arch: Architecture, checkpoint: Checkpoint, *, reads: bool) -> str | None:
     """Where a parameter lies in the files; ``None`` for one that is new and set as a whole."""
-    live = f"{job.host.path}.{name}"
+    live = job.host.names[name]
     if name == "bias" and not job.host.shape.bias:
         raise ConverterError(
             "E_MERGE_BIAS",
@@ -188,14 +186,19 @@ def _place(job: Job, name: str, arch: Architecture, checkpoint: Checkpoint, *, r
     return stored
 
 
+def _canonical_shape(job: Job) -> tuple[int, ...]:
+    shape = job.host.shape.weight_shape
+    assert shape is not None
+    return (job.host.stack, *shape) if job.host.stack else shape
+
+
 def _live_shape(job: Job, name: str) -> tuple[int, ...]:
     """The shape in which the library stores a parameter."""
     import torch
 
-    shape = job.host.shape.weight_shape
-    assert shape is not None
+    shape = _canonical_shape(job)
     if name == "bias":
-        return (shape[0],)
+        return shape[: 2 if job.host.stack else 1]
     return tuple(job.host.view.stored(torch.empty(shape, device="meta")).shape)
 
 
@@ -215,7 +218,7 @@ class _Blocks:
     ) -> None:
         self.job, self.merging, self.name, self.checkpoint, self.method = job, merging, name, checkpoint, method
         self.shape = _live_shape(job, name)
-        self.stored = {one: arch.stored.get(f"{job.host.path}.{one}") for one in ("weight", "bias")}
+        self.stored = {one: arch.stored.get(job.host.names[one]) for one in ("weight", "bias")}
         self.own = fallback
         self.dtype = dtype or fallback
         # A value that is only overwritten may be missing, or of another shape: nothing of it is read.
@@ -292,7 +295,7 @@ class _Combined(_Blocks):
 
     def _blocks(self) -> Iterator[Tensor]:
         view = self.job.host.view
-        for block in self.method.combine(self._models, f"{self.job.host.path}.{self.name}"):
+        for block in self.method.combine(self._models, self.job.host.names[self.name]):
             rows = block.to(self.dtype)
             yield view.stored(rows) if self.name == "weight" else rows
 
@@ -336,7 +339,7 @@ def _check_finite(block: Tensor, job: Job, name: str) -> None:
         raise ConverterError(
             "E_MERGE_NONFINITE",
             "the merged values are not finite",
-            where=f"{job.host.path}.{name}",
+            where=job.host.names[name],
             found=f"{str(block.dtype).removeprefix('torch.')}, merged from {', '.join(job.owners)}",
             hint="the delta or the backbone holds NaN or infinity, or the values are too large for this dtype",
         )

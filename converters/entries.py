@@ -155,9 +155,20 @@ def _check(entry: Entry, base: Base) -> None:
 
 
 def entries_of(package: Package) -> list[Entry]:
-    """The sites of a package, in order."""
+    """The sites of a package, in order.
+
+    Raises:
+        ConverterError: ``E_CONVERT_EXPORT`` where one is on a part of a host, which no foreign format can say.
+    """
     found = []
     for module in package.manifest.modules:
+        if module.rows is not None or module.stack is not None:
+            raise ConverterError(
+                "E_CONVERT_EXPORT",
+                "a module of the package is on some outputs of a fused layer, or on a stack of experts",
+                where=module.name,
+                hint="merge it, or load it with DeltaHub",
+            )
         config = package.config(module.name)
         for path, tensors in package.tensors(module.name).items():
             found.append(Entry(path=path, kind=module.kind, config=dict(config), tensors=tensors, group=module.name))

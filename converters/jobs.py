@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from deltahub.manifest import Module
     from deltahub.merging import Change
     from deltahub.package import Package
+    from deltahub.places import Rows
 
 __all__ = ["Job", "Live", "gather", "refuse_live"]
 
@@ -60,7 +61,7 @@ class Job:
         for change in self.changes:
             port = change.ports.get(name)
             if port is not None:
-                return change.strength != 1.0 or symbol in port.uses
+                return change.strength != 1.0 or change.rows is not None or symbol in port.uses
         return True
 
     def live(self, why: str) -> list[Live]:
@@ -110,8 +111,10 @@ def _gather_module(
     *,
     several: bool,
 ) -> list[Live]:
+    from deltahub.places import Rows, fitted
     from deltahub.sites import Bound, change_of
 
+    rows = None if module.rows is None else Rows.of(module.rows.numbers)
     owner = f"{number}:{module.name}" if several else module.name
     factor = method.weights[number] if method.sequential else 1.0
     kind = package.registry.get(module.kind, module.version)
@@ -120,15 +123,18 @@ def _gather_module(
     left = []
     for path in module.paths:
         host = arch.host(path)
-        if not kind.mergeable(config, host.shape) or module.removes:
+        shape = fitted(host.shape, rows, module.stack or 0, host.stack, path)
+        if not kind.mergeable(config, shape) or module.removes:
             why = f"{owner}: {kind.name} at {path} ({host.type_name})"
             left.append(Live(number=number, module=module.name, path=path, why=why))
             continue
-        bound = Bound(kind, config, host.shape)
+        bound = Bound(kind, config, shape, runs=host.runs, whole=rows is None)
         tensors = stored[path]
-        names = list(kind.tensors(config, host.shape, known={n: tuple(t.shape) for n, t in tensors.items()}))
+        known = {n: tuple(t.shape[1:] if host.stack else t.shape) for n, t in tensors.items()}
+        names = list(kind.tensors(config, shape, known=known))
         job = jobs.setdefault(path, Job(host=host))
-        job.changes.append(change_of(bound, names, [tensors[name] for name in names], factor))
+        given = [tensors[name] for name in names]
+        job.changes.append(change_of(bound, names, given, factor, rows=rows, stack=host.stack))
         job.owners.append(owner)
         job.sites.append((number, module.name))
     return left
@@ -136,17 +142,20 @@ def _gather_module(
 
 def _check_conflict(path: str, job: Job, method: Method) -> None:
     """Two that overwrite one parameter contradict each other, as they do when they are attached."""
-    setter: dict[tuple[str, int], str] = {}
+    from deltahub.places import overlap
+
+    setter: dict[tuple[str, int, Rows | None], str] = {}
     for change, owner, (number, _) in zip(job.changes, job.owners, job.sites, strict=True):
         for name in ("weight", "bias"):
             port = change.ports.get(name)
             if port is None or port.uses & {"W", "b"}:
                 continue
-            key = (name, 0 if method.sequential else number)
-            if key in setter:
+            key = (name, 0 if method.sequential else number, change.rows)
+            other = next((o for k, o in setter.items() if k[:2] == key[:2] and overlap(k[2], change.rows)), None)
+            if other is not None:
                 raise ConverterError(
                     "E_MERGE_CONFLICT",
-                    f"{setter[key]} and {owner} both set this parameter",
+                    f"{other} and {owner} both set this parameter",
                     where=f"{path}.{name}",
                     hint="merge one of them, or combine them by another method than their sum",
                 )

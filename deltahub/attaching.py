@@ -5,19 +5,20 @@ Attaching is all or nothing; a model is as it was when anything is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from deltahub import kinds, prompting
+from deltahub import kinds, prompting, spanning
 from deltahub.attending import check_bias, shape_of
 from deltahub.choosing import Choice, by_default, choose, split
 from deltahub.composition import (
@@ -33,10 +34,10 @@ from deltahub.contexts import check_replaceable, give, provider_of
 from deltahub.delta import Delta
 from deltahub.errors import HostError, InjectionError, KindError, TargetError, UsageError
 from deltahub.hosts import BLOCK, EMBEDDING, View, view_of
-from deltahub.injection import add_site, slot_of
+from deltahub.injection import add_site, add_span, slot_of
 from deltahub.kinds import Document, Kind, TensorSpec
 from deltahub.kinds.initial import Draws
-from deltahub.places import Place, place_of
+from deltahub.places import Place, fitted, place_of
 from deltahub.sites import SITE_PREFIX, Bound, Part, Site
 from deltahub.targets import backbone_modules
 
@@ -55,6 +56,7 @@ def attach(
     *,
     name: str | None = None,
     exclude: str | Sequence[str] = (),
+    inputs: str | Sequence[str] | Choice | None = None,
     frozen: bool = True,
     dropout: float = 0.0,
     dtype: torch.dtype | None = None,
@@ -71,6 +73,8 @@ def attach(
             kind's document names by default.
         name: the delta's name; the kind's by default.
         exclude: what to leave out, in the same notation.
+        inputs: modules whose inputs the delta reads in place of its targets' own, in the same notation: as many as
+            targets, the first for the first. Where neither is given, those that the kind's document names by default.
         frozen: set ``requires_grad`` of all backbone parameters to ``False``; restored by :meth:`Delta.detach`.
         dropout: probability of dropping elements of the delta's own input while training.
         dtype: dtype of the new tensors; that of the host's weight by default.
@@ -90,7 +94,10 @@ def attach(
     name = found.name.rpartition(".")[2] if name is None else name
     chosen = by_default(model, found, exclude) if targets is None else choose(model, targets, exclude)
     checked = found.check_config(config)
-    parts = split(model, name, found, checked, chosen, dropout=dropout)
+    if inputs is None and targets is None and found.document.inputs:
+        inputs = found.document.inputs
+    sources = () if inputs is None else choose(model, inputs, exclude)
+    parts = split(model, name, found, checked, chosen, sources, dropout=dropout)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return attach_parts(model, name, parts, frozen=frozen, dtype=dtype, generator=generator)
 
@@ -131,17 +138,13 @@ def attach_parts(
     built: list[tuple[Part, nn.Module, Site]] = []
     for part in parts:
         known: dict[object, tuple[Bound, Mapping[str, TensorSpec]]] = {}
-        for path in part.paths:
+        for path, source in itertools.zip_longest(part.paths, part.inputs):
             place = _place(modules, path)
+            if source is not None:
+                place = dataclasses.replace(place, source=(source, _place(modules, source).module))
+                _check_home(_place(modules, source).module, source, home)
             module = place.module
-            slot = slot_of(module)
-            if slot is not None and slot.switch is not home.switch:
-                raise InjectionError(
-                    "E_INJECTION_NESTED",
-                    "this module carries a delta that was attached to another root",
-                    where=path,
-                    hint="attach all deltas through the same outer model",
-                )
+            _check_home(module, path, home)
             built.append((part, module, _build(name, part, path, place, known, dtype, draws)))
     providers = {path: None for _, module, site in built for path in _surroundings(site, modules, module)}
     delta = Delta(name=name, model=model, parts=parts)
@@ -155,8 +158,12 @@ def attach_parts(
     home[name] = delta
     home.agreeing.clear()
     model.__dict__[REGISTRY] = home
-    for _, module, site in built:
+    for part, module, site in built:
         add_site(module, site, home.switch)
+        if site.span is not None:
+            source = modules[site.span.source]
+            add_span(source, site.span, home.switch)
+            part.sources.append(source)
     give(modules, providers)
     home.undo += _unnested(modules, {site.path for _, _, site in built})
     _hear(modules, delta.prompted)
@@ -165,6 +172,17 @@ def attach_parts(
     if active:
         home.switch.choose("\n".join([*acting, name]))
     return delta
+
+
+def _check_home(module: nn.Module, path: str, home: Registry) -> None:
+    slot = slot_of(module)
+    if slot is not None and slot.switch is not home.switch:
+        raise InjectionError(
+            "E_INJECTION_NESTED",
+            "this module carries a delta that was attached to another root",
+            where=path,
+            hint="attach all deltas through the same outer model",
+        )
 
 
 def _place(modules: Mapping[str, nn.Module], path: str) -> Place:
@@ -186,23 +204,14 @@ def _facts(part: Part, path: str, place: Place) -> tuple[HostShape, View]:
     module = place.module
     slot = slot_of(module)
     base = slot.base if slot is not None else type(module)
+    if place.source is not None:
+        source, reader = place.source
+        return spanning.shape_of(reader, module, (source, path)), BLOCK
     view: View = place.view or (slot.view if slot is not None else view_of(module))
     shape = shape_of(module, base, part.kind.hosts, view.shape(module, base))
     shape = prompting.shape_of(module, base, part.kind.hosts, shape)
     stack = 0 if place.view is None else place.view.stack(module)
-    if stack != part.stack:
-        raise HostError(
-            "E_HOST_STACK",
-            "this host is another number of linear maps than the delta was made for",
-            where=path,
-            expected=part.stack or "one that is no stack",
-            found=stack or "no stack",
-        )
-    if part.rows is None:
-        return shape, view
-    if shape.family != "linear" or shape.d_out is None:
-        raise HostError("E_HOST_ROWS", "only a linear host has rows", where=path, found=shape.family)
-    return replace(shape, d_out=part.rows.count(shape.d_out, path)), view
+    return fitted(shape, part.rows, part.stack, stack, path), view
 
 
 def _build(
@@ -225,22 +234,25 @@ def _build(
         if alike not in known:
             shapes = {n: _of_one(n, tuple(t.shape), part.stack) for n, t in (given or {}).items()}
             shape = part.kind.bind(part.config, shape, shapes) if given is not None else shape
-            specs = part.kind.tensors(part.config, shape, known=shapes)
+            wanted = part.kind.tensors(part.config, shape, known=shapes)
             if (shape, runs) not in known:
-                known[shape, runs] = Bound(part.kind, part.config, shape, runs=runs, whole=whole), specs
+                known[shape, runs] = Bound(part.kind, part.config, shape, runs=runs, whole=whole), wanted
             known[alike] = known[shape, runs]
         bound, specs = known[alike]
         check_bias(bound.ports, module, base, path)
         _check_place(bound, place, path)
+        if place.source is not None:
+            spanning.check_ports(part.kind.name, bound.ports, path)
     except KindError as error:
         error.where = f"{path} ({base.__name__}), {error.where}" if error.where else f"{path} ({base.__name__})"
         raise
-    weight = None if view is BLOCK else view.weight(module)
+    weight = None if view is BLOCK else view.weight(module) if given is None else view.like(module)
     if shape.family == "transformer":
         weight = EMBEDDING.weight(prompting.embedding_of(module))
     like = weight if weight is not None else next(module.parameters(), None)
     device = like.device if like is not None else torch.device("cpu")
     if given is None:
+        like = like if view is BLOCK or shape.family == "transformer" else view.like(module)
         tensors = _fresh(part, specs, like, weight, view.bias(module), dtype, draws)
     else:
         tensors = {
@@ -260,6 +272,7 @@ def _build(
         view=place.view,
         rows=part.rows,
         stack=part.stack,
+        span=None if place.source is None else spanning.Span(delta=delta, source=place.source[0], target=path),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from deltahub.errors import InjectionError, UsageError
 from deltahub.mixing import check_mixable, is_mixed, mixed_key, rows_of
+from deltahub.places import overlap
 from deltahub.sites import Part, Site, Switch
 from deltahub.targets import backbone_modules
 
@@ -111,13 +111,6 @@ def _claims(site: Site) -> list[str]:
     return [*claims, f"{site.path} (replaced)"] if "replace" in ports else claims
 
 
-def _meet(one: Site, other: Site) -> bool:
-    """Whether two sites on one host have an output in common."""
-    if one.rows is None or other.rows is None:
-        return True
-    return one.rows.meets(other.rows, math.lcm(one.rows.period, other.rows.period))
-
-
 def check_together(home: Registry, names: Sequence[str]) -> None:
     """:func:`check_conflicts` of attached deltas; their sites are looked at once for each list of names."""
     key = tuple(names)
@@ -139,19 +132,23 @@ def check_conflicts(chosen: Iterable[Attached]) -> None:
     for me, part in parts:
         for _, site in part.sites:
             for claim in _claims(site):
-                before = owners.setdefault(claim, [])
-                for other, theirs in before:
-                    if _meet(site, theirs):
-                        _conflict(me, other, claim)
-                before.append((me, site))
+                _check_claim(me, site, claim, owners.setdefault(claim, []))
     removed = {parameter: me for me, part in parts for parameter in part.removes}
     if not removed:
         return
     for me, part in parts:
         for _, site in part.sites:
             for parameter, other in removed.items():
-                if other != me and site.path in {parameter, parameter.rpartition(".")[0]}:
+                on = {site.path} if site.span is None else {site.path, site.span.source}
+                if other != me and on & {parameter, parameter.rpartition(".")[0]}:
                     _conflict(me, other, parameter)
+
+
+def _check_claim(me: str, site: Site, claim: str, before: list[tuple[str, Site]]) -> None:
+    for other, theirs in before:
+        if overlap(site.rows, theirs.rows):
+            _conflict(me, other, claim)
+    before.append((me, site))
 
 
 def _conflict(one: str, other: str, what: str) -> None:

@@ -11,15 +11,32 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltahub.errors import HostError
 from deltahub.kinds.host_shape import HostShape
 
-__all__ = ["BLOCK", "CONV", "CONV1D", "EMBEDDING", "LINEAR", "NORM", "View", "block_width", "shadow_of", "view_of"]
+__all__ = [
+    "BLOCK",
+    "CONV",
+    "CONV1D",
+    "EMBEDDING",
+    "LINEAR",
+    "NORM",
+    "QUANTISED",
+    "View",
+    "block_width",
+    "replicated",
+    "shadow_of",
+    "sharded_as",
+    "shared",
+    "view_of",
+    "whole",
+]
 
 _CONV1D_NAMES = frozenset({"transformers.pytorch_utils.Conv1D"})
 """GPT-2's linear layer, recognised by name so that transformers is never imported for it."""
@@ -46,6 +63,34 @@ def shadow_of(module: nn.Module, base: type[nn.Module], parameters: Mapping[str,
     state["_parameters"] = {**module._parameters, **parameters}
     shadow.__dict__.update(state)
     return shadow
+
+
+def shared(value: Any) -> bool:
+    """Whether several processes share a tensor: whether it is a ``DTensor``."""
+    return type(value) is not Tensor and hasattr(value, "full_tensor")
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor that several processes share; any other one as it is. Gradients flow back."""
+    return cast(Tensor, value.full_tensor()) if shared(value) else value  # type: ignore[attr-defined]
+
+
+def sharded_as(value: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process has all of, shared among them as another one is."""
+    if not shared(like):
+        return value
+    there: Any = replicated(value, like)
+    return cast(Tensor, there.redistribute(placements=cast(Any, like).placements))
+
+
+def replicated(value: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process has all of, said to be so where another one is shared."""
+    if shared(value) or not shared(like):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = cast(Any, like).device_mesh
+    return cast(Tensor, DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False))
 
 
 class View:
@@ -77,11 +122,16 @@ class View:
         return weight
 
     def weight(self, module: nn.Module) -> Tensor:
-        """The module's weight in canonical orientation."""
-        return self.canonical(cast(Tensor, module.weight))
+        """The module's weight in canonical orientation; all of one that several processes share."""
+        return self.canonical(whole(cast(Tensor, module.weight)))
+
+    def like(self, module: nn.Module) -> Tensor:
+        """A tensor of the dtype and on the device of the module's weight."""
+        return cast(Tensor, module.weight)
 
     def bias(self, module: nn.Module) -> Tensor | None:
-        return cast("Tensor | None", getattr(module, "bias", None))
+        bias = cast("Tensor | None", getattr(module, "bias", None))
+        return None if bias is None else whole(bias)
 
     def takes_bias(self, module: nn.Module) -> bool:
         """Whether the module's own ``forward`` would add a bias if it had one."""
@@ -132,6 +182,69 @@ class _LinearView(View):
         if base.forward is nn.Linear.forward:
             return F.linear(x, weight)
         return _call_with(module, base, {"weight": weight, "bias": None}, x)
+
+
+class _QuantisedView(_LinearView):
+    """A linear layer whose weight is kept in eight or four bits, by torchao or bitsandbytes.
+
+    It computes with its weight as it is. What a delta asks of the weight itself is answered by the numbers that the
+    bits stand for, made anew each time; nothing is written back.
+    """
+
+    name = "QUANTISED"
+
+    def matches(self, module: nn.Module, base: type[nn.Module]) -> bool:
+        return isinstance(module, nn.Linear) and type(module.weight).__module__.startswith(_QUANTISERS)
+
+    def shape(self, module: nn.Module, base: type[nn.Module]) -> HostShape:
+        linear = cast(nn.Linear, module)
+        return HostShape(
+            family="linear", d_in=linear.in_features, d_out=linear.out_features, bias=linear.bias is not None
+        )
+
+    def weight(self, module: nn.Module) -> Tensor:
+        return _numbers_of(cast(nn.Linear, module))
+
+    def like(self, module: nn.Module) -> Tensor:
+        linear = cast(nn.Linear, module)
+        state = getattr(linear.weight, "quant_state", None)
+        dtype = linear.weight.dtype if state is None else state.dtype
+        if not dtype.is_floating_point:
+            dtype = torch.float32 if linear.bias is None else linear.bias.dtype
+        return torch.empty(0, dtype=dtype, device=linear.weight.device)
+
+    def apply(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def partial(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+
+_QUANTISERS = ("torchao.", "bitsandbytes.")
+_INT8 = 127.0
+
+
+def _numbers_of(linear: nn.Linear) -> Tensor:
+    """The weight that a quantised one stands for."""
+    weight: Any = linear.weight.detach()
+    if type(linear.weight).__module__.startswith("torchao."):
+        return cast(Tensor, weight.dequantize())
+    state = getattr(linear.weight, "quant_state", None)
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return cast(Tensor, dequantize_4bit(weight.data, state))
+    scale = getattr(linear.weight, "SCB", None)  # moved into the module's state by its first run
+    scale = cast(Any, linear).state.SCB if scale is None else scale
+    if scale is None:
+        raise HostError(
+            "E_HOST_QUANTISED",
+            "the weight of this module is not quantised yet, or not in a way that is known",
+            where=type(linear).__name__,
+            hint="move the model to its device first",
+        )
+    dtype = torch.float32 if linear.bias is None else linear.bias.dtype
+    return (weight.data.float() * scale.float()[:, None] / _INT8).to(dtype)
 
 
 class _Conv1DView(_LinearView):
@@ -284,11 +397,12 @@ class _BlockView(View):
 
 CONV1D: View = _Conv1DView()
 LINEAR: View = _LinearView()
+QUANTISED: View = _QuantisedView()
 CONV: View = _ConvView()
 EMBEDDING: View = _EmbeddingView()
 NORM: View = _NormView()
 BLOCK: View = _BlockView()
-_VIEWS: Sequence[View] = (CONV1D, LINEAR, CONV, EMBEDDING, NORM)
+_VIEWS: Sequence[View] = (CONV1D, QUANTISED, LINEAR, CONV, EMBEDDING, NORM)
 
 
 def view_of(module: nn.Module, base: type[nn.Module] | None = None) -> View:

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from deltahub.attending import attending, attention_of
 from deltahub.contexts import CARRIED, Block, block_of
 from deltahub.errors import HostError, InjectionError
-from deltahub.hosts import BLOCK
+from deltahub.hosts import BLOCK, QUANTISED, View, sharded_as, shared
 from deltahub.mixing import MixedPlan
 from deltahub.places import ParameterView
 from deltahub.prompting import Prompted, transformer_of
 from deltahub.sites import Plan, Site, Slot, Switch
+from deltahub.spanning import Span
 
-__all__ = ["add_site", "hosted", "merge_slot", "parameter_of", "remove_site", "slot_of"]
+__all__ = ["add_site", "add_span", "hosted", "merge_slot", "parameter_of", "remove_site", "remove_span", "slot_of"]
 
 
 @functools.cache
@@ -57,6 +58,8 @@ def hosted(base: Any) -> type[nn.Module]:
             x, rest = kwargs.pop(first), ()
         else:
             raise HostError("E_HOST_NO_INPUT", "a hosted module was called without an input", where=base.__name__)
+        for span in plan.spans:
+            span.put(x)
         runs = plan.acting(self)
         if not rest and not kwargs and plan.slot.view is not BLOCK:
             return plan.run(self, functools.partial(original, runs), x)
@@ -191,15 +194,21 @@ def slot_of(module: nn.Module) -> Slot | None:
 
 def add_site(module: nn.Module, site: Site, switch: Switch) -> None:
     """Register a site at its host, swapping the host's class at the first one."""
+    slot = _slot(module, switch)
+    site.__dict__["training"] = module.training  # past nn.Module's own setattr, which looks for parameters
+    slot.named.setdefault(site.delta, []).append(site)
+    slot.plans.clear()
+    module._modules[site.key] = site
+
+
+def _slot(module: nn.Module, switch: Switch) -> Slot:
+    """A module's slot; a new one swaps its class."""
     slot = slot_of(module)
     if slot is None:
         slot = Slot(module=module, switch=switch)
         module.__dict__["_deltahub"] = slot
         object.__setattr__(module, "__class__", hosted(cast(Any, slot.base)))
-    site.__dict__["training"] = module.training  # past nn.Module's own setattr, which looks for parameters
-    slot.named.setdefault(site.delta, []).append(site)
-    slot.plans.clear()
-    module._modules[site.key] = site
+    return slot
 
 
 def remove_site(module: nn.Module, site: Site) -> None:
@@ -212,7 +221,27 @@ def remove_site(module: nn.Module, site: Site) -> None:
         del slot.named[site.delta]
     slot.plans.clear()
     del module._modules[site.key]
-    if not slot.named:
+    _leave(module, slot)
+
+
+def add_span(module: nn.Module, span: Span, switch: Switch) -> None:
+    """Let a module put what it is called with into a span."""
+    _slot(module, switch).spans.append(span)
+    _slot(module, switch).plans.clear()
+
+
+def remove_span(module: nn.Module, span: Span) -> None:
+    """The inverse of :func:`add_span`."""
+    slot = slot_of(module)
+    if slot is not None and span in slot.spans:
+        slot.spans.remove(span)
+        slot.plans.clear()
+        _leave(module, slot)
+
+
+def _leave(module: nn.Module, slot: Slot) -> None:
+    """Restore a host's class where nothing is left on it."""
+    if not slot.named and not slot.spans:
         del module.__dict__["_deltahub"]
         module.__class__ = slot.base
 
@@ -233,28 +262,54 @@ def merge_slot(module: nn.Module, merged: set[str]) -> None:
     dual = [s for s in slot.sites if s.bound.mergeable]
     views = list(dict.fromkeys(s.view for s in dual))
     chosen = {view: _chosen(module, dual, merged, view) for view in views}
-    if slot.kept is not None:
+    before = None if slot.kept is None else {name: parameter_of(module, name) for name in slot.kept}
+    if before is not None and slot.kept is not None:
+        before = {n: None if v is None else v.detach().clone() if shared(v) else v.detach() for n, v in before.items()}
         _put(module, slot.kept)
-        slot.kept = None
     kept: dict[str, Tensor | None] = {}
     new: dict[str, Tensor | None] = {}
-    for view, sites in chosen.items():
-        if not sites:
-            continue
-        seen, names = view or slot.view, sites[0].parameters_there
-        own = {name: parameter_of(module, name) for name in names}
-        with torch.no_grad():
-            weight, bias = slot.merged(module, sites, seen)
-            values = dict(zip(names, (seen.stored(weight).contiguous(), bias), strict=False))
-            _check_finite(own, values, f"{sites[0].path} ({slot.base.__name__})")
-        kept |= own
-        new |= values
+    try:
+        for view, sites in chosen.items():
+            if sites:
+                own, values = _merged(module, slot, sites, view or slot.view)
+                kept |= own
+                new |= values
+    except BaseException:
+        _put(module, before or {})
+        raise
+    slot.kept = None
     if new:
-        slot.kept = {k: None if v is None else v.detach() for k, v in kept.items()}
+        slot.kept = {k: None if v is None else v.detach().clone() if shared(v) else v.detach() for k, v in kept.items()}
         _put(module, new)
     for site in dual:
         site.merged = site in chosen[site.view]
     slot.plans.clear()
+
+
+def _merged(
+    module: nn.Module, slot: Slot, sites: list[Site], view: View
+) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
+    """The parameters that sites change, as they are and as they become."""
+    ports = {port for site in sites for port in site.bound.ports}
+    where = f"{sites[0].path} ({slot.base.__name__})"
+    if view is QUANTISED and "weight" in ports:
+        raise HostError(
+            "E_HOST_QUANTISED",
+            "a weight that is kept in a few bits is not merged into: rounding it again would lose much of the delta",
+            where=where,
+            hint="keep the delta live, or merge into the original backbone and quantise what comes out",
+        )
+    named = [(p, n) for p, n in zip(("weight", "bias"), sites[0].parameters_there, strict=False) if p in ports]
+    own = {name: parameter_of(module, name) for _, name in named}
+    with torch.no_grad():
+        weight, bias = slot.merged(module, sites, view)
+        made = {"weight": view.stored(weight).contiguous(), "bias": bias}
+        values = {name: made[port] for port, name in named}
+        _check_finite(own, values, where)
+        for name, value in values.items():
+            before = own[name]
+            values[name] = value if value is None or before is None else sharded_as(value, before)
+    return own, values
 
 
 def _chosen(module: nn.Module, dual: list[Site], merged: set[str], view: ParameterView | None) -> list[Site]:
@@ -320,7 +375,10 @@ def _put(module: nn.Module, values: Mapping[str, Tensor | None]) -> None:
     for full, value in values.items():
         holder, name = _holder(module, full)
         parameter = holder._parameters.get(name)
-        if parameter is not None and value is not None:
+        if parameter is not None and value is not None and shared(parameter):
+            with torch.no_grad():  # what it holds of the whole cannot be exchanged
+                parameter.copy_(value)
+        elif parameter is not None and value is not None:
             parameter.data = value.data
         elif value is not None:
             holder._parameters[name] = nn.Parameter(value, requires_grad=False)

@@ -10,18 +10,19 @@ numbers, whatever a library calls them, whether they lie in one piece or interle
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from deltahub.errors import HostError
-from deltahub.hosts import View, shadow_of, view_of
+from deltahub.hosts import View, shadow_of, sharded_as, view_of, whole
 from deltahub.kinds.host_shape import HostShape
 
-__all__ = ["ParameterView", "Place", "Rows", "parameters_of", "place_of", "with_parameters"]
+__all__ = ["ParameterView", "Place", "Rows", "fitted", "overlap", "parameters_of", "place_of", "with_parameters"]
 
 _STACKED = 3
 """Axes of a parameter that is a stack of matrices."""
@@ -61,11 +62,6 @@ class Rows:
             )
         return out // self.period * (self.stop - self.start)
 
-    def meets(self, other: Rows, out: int) -> bool:
-        """Whether the two have an output in common."""
-        mine = {r for r in range(out) if self.start <= r % self.period < self.stop}
-        return any(r in mine for r in range(out) if other.start <= r % other.period < other.stop)
-
     def take(self, value: Tensor, axis: int) -> Tensor:
         """These rows along an axis; a view where they lie in one piece."""
         axis %= value.ndim
@@ -85,6 +81,15 @@ class Rows:
             grouped.narrow(axis + 1, self.stop, self.period - self.stop),
         ]
         return torch.cat([piece for piece in pieces if piece.shape[axis + 1]], axis + 1).flatten(axis, axis + 1)
+
+
+def overlap(one: Rows | None, other: Rows | None) -> bool:
+    """Whether two have an output of a host in common; ``None`` is all of them."""
+    if one is None or other is None:
+        return True
+    both = range(math.lcm(one.period, other.period))  # divides the outputs of a host that both fit
+    mine = {r for r in both if one.start <= r % one.period < one.stop}
+    return any(r in mine for r in both if other.start <= r % other.period < other.stop)
 
 
 def _cut(value: Tensor, axis: int, length: int) -> Tensor:
@@ -122,10 +127,10 @@ class ParameterView(View):
 
     def stack(self, module: nn.Module) -> int:
         """How many linear maps it is; 0 for one that is no stack."""
-        return self.weight(module).shape[0] if self.stacked else 0
+        return self.like(module).shape[0] if self.stacked else 0
 
     def shape(self, module: nn.Module, base: type[nn.Module]) -> HostShape:
-        d_out, d_in = self.weight(module).shape[-2:]
+        d_out, d_in = self.canonical(self.like(module)).shape[-2:]
         return HostShape(family="linear", d_in=d_in, d_out=d_out, bias=self.bias_name is not None)
 
     def canonical(self, stored: Tensor) -> Tensor:
@@ -135,18 +140,24 @@ class ParameterView(View):
         return weight.mT if self.transposed else weight
 
     def weight(self, module: nn.Module) -> Tensor:
-        return self.canonical(cast(Tensor, _held(module, self.weight_name)))
+        return self.canonical(whole(self.like(module)))
+
+    def like(self, module: nn.Module) -> Tensor:
+        return cast(Tensor, _held(module, self.weight_name))
 
     def bias(self, module: nn.Module) -> Tensor | None:
-        return None if self.bias_name is None else _held(module, self.bias_name)
+        bias = None if self.bias_name is None else _held(module, self.bias_name)
+        return None if bias is None else whole(bias)
 
     def takes_bias(self, module: nn.Module) -> bool:
         return self.bias_name is not None
 
     def acting(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
         """What the module's parameters are to be, by name."""
-        values: dict[str, Tensor | None] = {self.weight_name: self.stored(weight)}
-        return values if self.bias_name is None else {**values, self.bias_name: bias}
+        values: dict[str, Tensor | None] = {self.weight_name: sharded_as(self.stored(weight), self.like(module))}
+        if self.bias_name is not None and bias is not None:
+            values[self.bias_name] = sharded_as(bias, cast(Tensor, _held(module, self.bias_name)))
+        return values
 
 
 def with_parameters(module: nn.Module, base: type[nn.Module], values: Mapping[str, Tensor | None]) -> nn.Module:
@@ -171,6 +182,8 @@ class Place:
 
     module: nn.Module
     view: ParameterView | None = None
+    source: tuple[str, nn.Module] | None = None
+    """The module whose input is read in place of this one's own, with its path."""
 
 
 def _parameter_view(module: nn.Module, name: str) -> ParameterView | None:
@@ -220,6 +233,34 @@ def place_of(modules: Mapping[str, nn.Module], path: str) -> Place | None:
         )
     module = modules.get(path) if path else None
     return None if module is None else Place(module=module)
+
+
+def fitted(shape: HostShape, rows: Rows | None, stack: int, found: int, path: str) -> HostShape:
+    """A host's facts as a site sees them that is on some of its outputs, or on a stack of it.
+
+    Args:
+        shape: the facts of the whole host, or of one map of it.
+        rows: the outputs that the site is on; ``None`` for all.
+        stack: how many linear maps the delta was made for; 0 for no stack.
+        found: how many the host is.
+        path: of the host, for messages.
+
+    Raises:
+        HostError: ``E_HOST_STACK``, ``E_HOST_ROWS``.
+    """
+    if stack != found:
+        raise HostError(
+            "E_HOST_STACK",
+            "this host is another number of linear maps than the delta was made for",
+            where=path,
+            expected=stack or "no stack",
+            found=found or "no stack",
+        )
+    if rows is None:
+        return shape
+    if shape.family != "linear" or shape.d_out is None:
+        raise HostError("E_HOST_ROWS", "only a linear host has rows", where=path, found=shape.family)
+    return replace(shape, d_out=rows.count(shape.d_out, path))
 
 
 def parameters_of(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

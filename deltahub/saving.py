@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from deltahub import identity
 from deltahub.backbones import BackboneFiles, changed_settings, describe, origin, pipeline_of, resolve
 from deltahub.errors import InjectionError, UsageError
+from deltahub.hosts import shared, whole
 from deltahub.injection import slot_of
 from deltahub.manifest import Backbone, Setting
 from deltahub.package import Package, Probe, write
 from deltahub.prompting import embedding_of
 from deltahub.sites import Part, Site
-from deltahub.targets import abbreviate
+from deltahub.targets import abbreviate, expand_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +43,9 @@ def write_package(
     overwrite: bool = False,
 ) -> Package:
     """Write parts of deltas that sit on a model as one package.
+
+    Where several processes share the model's tensors all of them call this, on a folder that all of them see; the
+    first one writes.
 
     Args:
         directory: where to; absent or whole afterwards.
@@ -74,7 +78,24 @@ def write_package(
     changed = [*found, *(setting.model_dump() for setting in settings)]
     rest = {"kinds": kinds, "settings": changed, "extensions": dict(extensions or {})}
     manifest |= {name: value for name, value in rest.items() if value}
-    return write(Path(directory), manifest, tensors, readme=readme, probe=recorded, overwrite=overwrite)
+
+    def written() -> Package:
+        return write(Path(directory), manifest, tensors, readme=readme, probe=recorded, overwrite=overwrite)
+
+    return _by_one(directory, written) if any(shared(p) for p in model.parameters()) else written()
+
+
+def _by_one(directory: str | os.PathLike[str], written: Callable[[], Package]) -> Package:
+    """Let one of the processes that share a model write, and the others wait for it and open what it wrote."""
+    import torch.distributed as dist
+
+    if dist.get_rank() != 0:
+        dist.barrier()
+        return Package.open(Path(directory))
+    try:
+        return written()
+    finally:
+        dist.barrier()
 
 
 def _check_unmerged(parts: Sequence[tuple[str, Part]]) -> None:
@@ -110,13 +131,22 @@ def _modules(parts: Sequence[tuple[str, Part]]) -> tuple[list[dict[str, Any]], d
         }
         rows = {} if part.rows is None else {"rows": dataclasses.asdict(part.rows)}
         stack = {"stack": part.stack} if part.stack else {}
+        if part.inputs:
+            entry |= _spans(part)
         modules.append(entry | rows | stack | ({"removes": list(part.removes)} if part.removes else {}))
         for _, site in part.sites:
             for tensor, value in _stored(part, site).items():
-                tensors[f"{name}/{site.path}/{tensor}"] = value.detach()
+                tensors[f"{name}/{site.path}/{tensor}"] = whole(value.detach())
         if part.kind.name not in known:
             documents[part.kind.name, part.kind.version] = dict(part.kind.document.source)
     return modules, tensors, list(documents.values())
+
+
+def _spans(part: Part) -> dict[str, list[str]]:
+    """Inputs and targets in one order, abbreviated where that keeps it."""
+    found = {"inputs": list(part.inputs), "targets": [site.path for _, site in part.sites]}
+    short = {name: abbreviate(paths) for name, paths in found.items()}
+    return short if all(expand_all(short[name]) == paths for name, paths in found.items()) else found
 
 
 def _stored(part: Part, site: Site) -> Mapping[str, Tensor]:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from deltahub.attending import Extra, joined
 from deltahub.errors import HostError, KindError
-from deltahub.hosts import View, view_of
+from deltahub.hosts import View, replicated, sharded_as, shared, view_of, whole
 from deltahub.merging import Change, Merging, at_once, blend, stored_transposed
-from deltahub.mixing import MixedPlan, is_mixed, looks_along, rows_of
+from deltahub.mixing import MixedPlan, is_mixed, looks_along, low_rank, rows_of
 from deltahub.places import ParameterView, Rows, with_parameters
 from deltahub.prompting import Prompts, embeddings_before
+from deltahub.spanning import Span
 from deltahub.switching import Switch
 from deltahub.targets import SITE_PREFIX
 
@@ -155,6 +156,7 @@ class Site(nn.Module):
     view: ParameterView | None
     rows: Rows | None
     stack: int
+    span: Span | None
 
     def __init__(
         self,
@@ -168,12 +170,13 @@ class Site(nn.Module):
         view: ParameterView | None = None,
         rows: Rows | None = None,
         stack: int = 0,
+        span: Span | None = None,
     ) -> None:
         super().__init__()
         # None of these is a parameter or a module, and attaching makes many sites: past nn.Module's own setattr.
         self.__dict__.update(
             delta=delta, module=module, path=path, bound=bound, dropout=dropout, merged=False, names=tuple(tensors),
-            view=view, rows=rows, stack=stack, _forward_hooks=_SEEN,
+            view=view, rows=rows, stack=stack, span=span, _forward_hooks=_SEEN,
         )  # fmt: skip
         for name, tensor in tensors.items():
             if isinstance(tensor, nn.Parameter):
@@ -218,6 +221,8 @@ class Site(nn.Module):
 def _cast(tensors: Sequence[Tensor], like: Tensor) -> Sequence[Tensor]:
     """Floating tensors in the dtype of the computation; gradients flow to the originals."""
     dtype = like.dtype
+    if shared(like):
+        tensors = [replicated(t, like) for t in tensors]
     if not dtype.is_floating_point:  # token ids say nothing about the dtype of what follows
         return tensors
     for t in tensors:
@@ -237,14 +242,17 @@ class Plan:
         prompted: sites that give a transformer embeddings before those of its tokens.
         staged: whether the module runs exactly once, as it is, between equations of its input and of its output.
         inside: sites on parameters that the module uses by itself, with the way in which each is seen.
+        spans: those that begin with what the module is called with.
     """
 
     __slots__ = (
-        "attended", "inside", "plain", "prompted", "rescored", "severed", "slot", "staged", "weighted", "wrapped",
+        "attended", "inside", "plain", "prompted", "rescored", "severed", "slot", "spans", "staged", "weighted",
+        "wrapped",
     )  # fmt: skip
 
-    def __init__(self, slot: Slot, sites: Sequence[Site]) -> None:
+    def __init__(self, slot: Slot, sites: Sequence[Site], spans: Sequence[Span] = ()) -> None:
         self.slot = slot
+        self.spans = tuple(spans)
         inside = [s for s in sites if s.view is not None and not s.merged]
         views = dict.fromkeys(s.view for s in inside if s.view is not None)
         self.inside = tuple((view, [s for s in inside if s.view == view]) for view in views)
@@ -279,9 +287,12 @@ class Plan:
         """The host itself, with the weighted sites' weight and bias."""
         if not self.weighted:
             return call(x)
-        slot = self.slot
+        slot, view = self.slot, self.slot.view
         weight, bias = slot.transformed(module, self.weighted)
-        return slot.view.apply(module, slot.base, x, weight, bias)
+        if shared(module.weight):
+            weight = view.canonical(sharded_as(view.stored(weight), cast(Tensor, module.weight)))
+            bias = None if bias is None else sharded_as(bias, cast(Tensor, module.bias))
+        return view.apply(module, slot.base, x, weight, bias)
 
     def run(self, module: nn.Module, call: Callable[[Any], Any], x: Any) -> Any:
         if not self.plain:
@@ -307,10 +318,7 @@ class Plan:
             y = ports["replace"].fn(caller, x, *tensors)
             s = self.slot.switch.strength.get(site.delta, 1.0)
             return y if s == 1.0 else blend(caller.deltahub_base(x), y, s)
-        inner = x
-        if "input" in ports:
-            s = self.slot.switch.strength.get(site.delta, 1.0)
-            inner = blend(x, ports["input"].fn(self.host(site, module, call), x, *_cast(site.tensors(), x)), s)
+        inner = self.input(site, module, call, x) if "input" in ports else x
         y = self.level(depth - 1, module, call, inner)
         return self.output(site, module, call, x, y) if "output" in ports else y
 
@@ -321,9 +329,7 @@ class Plan:
             site = self.wrapped[depth]
             seen[depth] = x
             if "input" in site.bound.ports:
-                s = self.slot.switch.strength.get(site.delta, 1.0)
-                host = self.host(site, module, call)
-                x = blend(x, site.bound.ports["input"].fn(host, x, *_cast(site.tensors(), x)), s)
+                x = self.input(site, module, call, x)
         return seen, x
 
     def leave(self, module: nn.Module, call: Callable[[Any], Any], xs: Sequence[Any], y: Any) -> Any:
@@ -353,19 +359,31 @@ class Plan:
             scores = blend(scores, site.bound.ports["scores"].fn(module, scores, *_cast(site.tensors(), scores)), s)
         return scores
 
+    def input(self, site: Site, module: nn.Module, call: Callable[[Any], Any], x: Any) -> Any:
+        """What a site makes of its host's input; all of it, where several processes share it."""
+        strength, like, x = self.slot.switch.strength.get(site.delta, 1.0), x, whole(x)
+        new = site.bound.ports["input"].fn(self.host(site, module, call), x, *_cast(site.tensors(), x))
+        return replicated(blend(x, new, strength), like)
+
     def output(self, site: Site, module: nn.Module, call: Callable[[Any], Any], x: Any, y: Any) -> Any:
         strength = self.slot.switch.strength.get(site.delta, 1.0)
         bound = site.bound
         if strength != 1.0 and bound.kind.document.strength:
             bound, strength = bound.strengthened(strength), 1.0
+        if site.span is not None:
+            x = site.span.take()
         if site.dropout and site.training and x.is_floating_point():
             x = F.dropout(x, site.dropout)
-        fn, rows = bound.ports["output"].fn, site.rows
+        port, rows, like = bound.ports["output"], site.rows, y
+        if shared(y) and (rows is not None or low_rank(port) is None):
+            x, y = whole(x), whole(y)  # only a product of matrices is left to be computed in shares
+        host, tensors = self.host(site, module, call), _cast(site.tensors(), y)
         if rows is None:
-            return blend(y, fn(self.host(site, module, call), x, y, *_cast(site.tensors(), y)), strength)
-        part = rows.take(y, -1)
-        new = fn(self.host(site, module, call), x, part, *_cast(site.tensors(), y))
-        return rows.put(y, blend(part, new, strength), -1)
+            new = blend(y, port.fn(host, x, y, *tensors), strength)
+        else:
+            part = rows.take(y, -1)
+            new = rows.put(y, blend(part, port.fn(host, x, part, *tensors), strength), -1)
+        return new if like is y else replicated(new, like)
 
 
 class Caller:
@@ -442,6 +460,8 @@ class Slot:
         self.switch = switch
         self.named: dict[str, list[Site]] = {}
         """The sites here by delta, in the order of attachment."""
+        self.spans: list[Span] = []
+        """Those that begin here."""
         self.plans: dict[str, Plan | MixedPlan | None] = {}
         self.kept: dict[str, Tensor | None] | None = None
         """The module's own weight and bias while deltas are merged into it."""
@@ -472,7 +492,9 @@ class Slot:
             return self._mixed(key)
         sites = [s for name in dict.fromkeys(key.split("\n")) for s in self.named.get(name, ())]
         live = [s for s in sites if not s.merged]
-        plan = Plan(self, sites) if live else None
+        acting = key.split("\n")
+        spans = [span for span in self.spans if span.delta in acting]
+        plan = Plan(self, sites, spans) if live or spans else None
         self.plans[key] = plan
         return plan
 
@@ -485,7 +507,7 @@ class Slot:
         for row in rows_of(key):
             plan = cast("Plan | None", self.plans[row] if row in self.plans else self._build(row))
             if plan is not None:  # deltas that have no site here make no difference
-                plan = unlike.setdefault(tuple(id(s) for s in (*plan.weighted, *plan.wrapped)), plan)
+                plan = unlike.setdefault(tuple(id(s) for s in (*plan.weighted, *plan.wrapped, *plan.spans)), plan)
             chosen.append(plan)
         mixed = MixedPlan(self, chosen) if unlike else None
         self.plans[key] = mixed
@@ -523,6 +545,9 @@ class Part:
         dropout: probability of dropping the delta's own input while training; not part of a package.
         rows: the outputs of each host that it is on; ``None`` for all.
         stack: how many linear maps each host is; 0 for hosts that are no stacks.
+        inputs: paths of the modules whose inputs are read in place of the hosts' own, in the order of ``paths``; none
+            for hosts that read their own.
+        sources: those modules, once attached.
         sites: the hosts and sites, once attached.
     """
 
@@ -535,4 +560,6 @@ class Part:
     dropout: float = 0.0
     rows: Rows | None = None
     stack: int = 0
+    inputs: Sequence[str] = ()
+    sources: list[nn.Module] = field(default_factory=list)
     sites: list[tuple[nn.Module, Site]] = field(default_factory=list)
