@@ -5,6 +5,7 @@
     export_("package/", "adapter/", to="peft")           and back
     export_onnx("user/delta", "onnx/")                   graphs for ONNX Runtime, compared with PyTorch
     diff("base/", "tuned/", "package/")                  a package out of two checkpoints; pack and unpack make it small
+    combine(["a/", "b/"], "sum/", weights=[1, -1])       packages added, scaled, recompressed, split, renamed
 
 A foreign format is a module with ``sniff``, ``import_`` and perhaps ``export_``, found through the entry points
 ``deltahub.converters``; another distribution can bring its own.
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ != "deltahub.converters":
     raise ImportError("import deltahub.converters, not converters")
 
+from deltahub.converters.algebra import combine
 from deltahub.converters.diff import DiffReport, diff
 from deltahub.converters.formats import Converter, convert, export_, formats, import_, sniff
 from deltahub.converters.merge import MergeReport, merge
@@ -30,6 +32,7 @@ __all__ = [
     "DiffReport",
     "MergeReport",
     "PackReport",
+    "combine",
     "convert",
     "diff",
     "export_",

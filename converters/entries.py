@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from deltahub.kinds import Kind
     from deltahub.package import Package
 
-__all__ = ["Entry", "Keys", "entries_of", "need_kind", "read_json", "read_tensors", "write_entries"]
+__all__ = ["Entry", "Keys", "entries_of", "grouped", "need_kind", "read_json", "read_tensors", "write_entries"]
 
 _JSON_BYTES = 4 << 20
 
@@ -85,13 +85,30 @@ def write_entries(
         PackageError: NaN or infinity, or the folder cannot be written.
     """
     from deltahub.package import write
-    from deltahub.targets import abbreviate
 
     if not entries:
         raise ConverterError("E_CONVERT_EMPTY", "there is nothing in it that would change a model", where=out)
-    groups: dict[tuple[str, str, str], list[Entry]] = {}
     for entry in entries:
         _check(entry, base)
+    members, tensors = grouped(entries)
+    manifest: dict[str, Any] = {"backbone": base.section(base.touched(entry.path for entry in entries)), **members}
+    if base.settings:
+        manifest["settings"] = base.settings
+    if extensions:
+        manifest["extensions"] = dict(extensions)
+    return write(Path(out), manifest, tensors, overwrite=overwrite)
+
+
+def grouped(entries: Sequence[Entry]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Sites as ``modules`` and ``kinds`` of a manifest, and their tensors by full name.
+
+    Raises:
+        ConverterError: ``E_CONVERT_SITE`` for two of one kind and config at one place.
+    """
+    from deltahub.targets import abbreviate
+
+    groups: dict[tuple[str, str, str], list[Entry]] = {}
+    for entry in entries:
         key = (entry.group or entry.kind, entry.kind, json.dumps(dict(entry.config), sort_keys=True))
         groups.setdefault(key, []).append(entry)
     modules, tensors = [], {}
@@ -105,28 +122,19 @@ def write_entries(
         paths = [entry.path for entry in members]
         if len(set(paths)) != len(paths):
             raise ConverterError("E_CONVERT_SITE", "two parts of one kind at the same place", where=paths[0])
-        config = dict(members[0].config)
         modules.append(
             {
                 "name": name,
                 "kind": kind,
                 "version": members[0].resolved().version,
-                "config": config,
+                "config": dict(members[0].config),
                 "targets": abbreviate(paths),
             }
         )
         for entry in members:
             tensors.update({f"{name}/{entry.path}/{key}": value for key, value in entry.tensors.items()})
-    manifest: dict[str, Any] = {"backbone": base.section(base.touched(entry.path for entry in entries))}
-    manifest["modules"] = modules
     documents = {entry.kind: dict(entry.document) for entry in entries if entry.document is not None}
-    if documents:
-        manifest["kinds"] = list(documents.values())
-    if base.settings:
-        manifest["settings"] = base.settings
-    if extensions:
-        manifest["extensions"] = dict(extensions)
-    return write(Path(out), manifest, tensors, overwrite=overwrite)
+    return {"modules": modules} | ({"kinds": list(documents.values())} if documents else {}), tensors
 
 
 def _check(entry: Entry, base: Base) -> None:
@@ -169,9 +177,13 @@ def entries_of(package: Package) -> list[Entry]:
                 where=module.name,
                 hint="merge it, or load it with DeltaHub",
             )
-        config = package.config(module.name)
+        config = dict(package.config(module.name))
+        kind = package.kind(module.name)
+        own = dict(kind.document.source) if kind.name in {one.name for one in package.registry.own} else None
         for path, tensors in package.tensors(module.name).items():
-            found.append(Entry(path=path, kind=module.kind, config=dict(config), tensors=tensors, group=module.name))
+            found.append(
+                Entry(path=path, kind=module.kind, config=config, tensors=tensors, group=module.name, document=own)
+            )
     return found
 
 

@@ -142,6 +142,45 @@ def convert(
 
 
 @app.command()
+def combine(
+    packages: Annotated[list[str], typer.Argument(help="Folders or repositories of packages for one backbone.")],
+    out: Out,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="A factor for each package; one for all by default.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Recompress low-rank updates to this rank.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Or keep this share of each update's energy.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Keep targets that fit this glob, or a module.")] = None,
+    rename: Annotated[list[str] | None, typer.Option(help="OLD=NEW: parts of targets, with --backbone.")] = None,
+    backbone: Backbone = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Add, subtract, scale, recompress, cast, split or rename packages, without their backbone."""
+    from deltahub.converters import combine as run
+
+    pairs = [one.partition("=")[::2] for one in rename or ()]
+    if any(not old for old, _ in pairs):
+        raise typer.BadParameter("write OLD=NEW", param_hint="--rename")
+    factors = weight or [1.0]
+    found = run(
+        packages,
+        out,
+        weights=factors[0] if len(factors) == 1 else factors,
+        rank=rank,
+        energy=energy,
+        dtype=dtype,
+        only=only or (),
+        rename=dict(pairs) or None,
+        backbone=backbone,
+        overwrite=overwrite,
+    )
+    shown = {"path": str(out), "bytes": found.size, "modules": [module.name for module in found.manifest.modules]}
+    show(shown, as_json, lambda result: [f"{result['path']}: {as_bytes(result['bytes'])}"])
+
+
+@app.command()
 def pack(
     package: Annotated[str, typer.Argument(help="A folder or a repository.")],
     out: Out,
