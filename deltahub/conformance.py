@@ -200,6 +200,8 @@ def _module(host: Request, weight: Tensor | None, bias: Tensor | None) -> nn.Mod
 
     family, out, biased = host["family"], int(host.get("out", 0)), bool(host.get("bias", False))
     module: nn.Module
+    if host.get("stack"):
+        return _maps(weight, bias)
     if family == "linear":
         module = nn.Linear(host["in"], out, bias=biased)
     elif family == "conv":
@@ -219,6 +221,22 @@ def _module(host: Request, weight: Tensor | None, bias: Tensor | None) -> nn.Mod
         if bias is not None:
             own["bias"].copy_(bias)
     return module
+
+
+def _maps(weight: Tensor | None, bias: Tensor | None) -> nn.Module:
+    """A module that uses a stack of linear maps by itself, each for an input of its own."""
+    from torch import nn
+
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.maps = nn.Parameter(weight)
+            self.maps_bias = nn.Parameter(bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.maps.mT + self.maps_bias.unsqueeze(1)
+
+    return Maps()
 
 
 class _Host:
@@ -296,6 +314,9 @@ def _forward(request: Request) -> Result:
 
     bias = _tensor(request["b"]) if "b" in request else None
     model = nn.Sequential(_module(request["host"], _tensor(request["W"]) if "W" in request else None, bias))
+    if "then" in request:
+        after = request["then"]
+        model.append(_module(after["host"], _tensor(after["W"]), _tensor(after["b"])))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     attached: list[Any] = []
     try:
@@ -315,15 +336,30 @@ def _forward(request: Request) -> Result:
 
 def _attach(model: nn.Module, name: str, delta: Request) -> Any:
     from deltahub.attaching import attach_parts
+    from deltahub.places import Rows
     from deltahub.sites import Part
 
     parts = []
     for index, module in enumerate(delta["modules"]):
         kind = kind_of(module)
-        tensors = {"0": {n: _tensor(t) for n, t in module.get("tensors", {}).items()}}
+        path, inputs = ("1", ["0"]) if module.get("span") else ("0", [])
+        rows, stack = module.get("rows"), module.get("stack", 0)
+        path = "0.maps" if getattr(model[0], "maps", None) is not None else path  # type: ignore[index]
+        tensors = {path: {n: _tensor(t) for n, t in module.get("tensors", {}).items()}}
         removes = tuple(f"0.{parameter}" for parameter in module.get("removes", ()))
         config = kind.check_config(module["config"])
-        parts.append(Part(name=f"m{index}", kind=kind, config=config, paths=["0"], tensors=tensors, removes=removes))
+        part = Part(
+            name=f"m{index}",
+            kind=kind,
+            config=config,
+            paths=[path],
+            tensors=tensors,
+            removes=removes,
+            inputs=inputs,
+            rows=None if rows is None else Rows(**rows),
+            stack=stack,
+        )
+        parts.append(part)
     made = attach_parts(model, name, parts)
     try:
         made.scale = delta.get("strength", 1.0)

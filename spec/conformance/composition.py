@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from expressions import Array, document, numbers, tensor
 from hosts import (
     CONFIGS,
@@ -17,6 +18,7 @@ from hosts import (
     tensors_of,
     weight_port,
 )
+from parts import parts
 
 __all__ = ["compositions"]
 
@@ -230,4 +232,44 @@ def compositions() -> list[dict[str, Any]]:
         [{"modules": [adapter], "merged": True}],
         "E_INJECTION_NOT_MERGEABLE",
     )
+    return [*cases, *spans(), *parts()]
+
+
+def spans() -> list[dict[str, Any]]:
+    """From the input of one module to the output of the one behind it (section 5.5)."""
+    host = HOSTS["linear"]
+    x, w, b = sample(host)
+    assert w is not None
+    w2, b2 = numbers(2, 4, seed=80), numbers(2, seed=81)
+    t = {
+        "down": numbers(3, 3, seed=82),
+        "down_bias": numbers(3, seed=83),
+        "up": numbers(2, 3, seed=84),
+        "up_bias": numbers(2, seed=85),
+    }
+    config = {"bottleneck": 3, "activation": "relu", "scale": 0.5}
+    beside: Module = {"kind": "parallel-adapter", "version": 1, "config": config, "tensors": t, "span": True}
+    then = {"host": {"family": "linear", "in": 4, "out": 2, "bias": True}, "W": tensor(w2), "b": tensor(b2)}
+    base = {"host": host, "W": tensor(w), "b": tensor(b), "x": tensor(x), "then": then}
+    added = 0.5 * (np.maximum(x @ t["down"].T + t["down_bias"], 0) @ t["up"].T + t["up_bias"])
+    first = module("lora", host)
+    inside = forward(host, x, weight_port("lora", first["config"], first["tensors"], w), b)
+    cases: list[dict[str, Any]] = [
+        {"description": what, "clause": ["DH-5.5-4", "DH-12.3-1"], **base, "deltas": written(deltas), "valid": True,
+         "expect": {"y": tensor(y)}, "tolerance": 1e-5}
+        for what, deltas, y in (
+            ("a parallel adapter beside two modules", [{"modules": [beside]}], forward(host, x, w, b) @ w2.T + b2 + added),
+            ("the same with a strength of 0.5", [{"modules": [beside], "strength": 0.5}], forward(host, x, w, b) @ w2.T + b2 + 0.5 * added),
+            ("the same over a lora on the first", [{"modules": [first]}, {"modules": [beside]}], inside @ w2.T + b2 + added),
+        )
+    ]  # fmt: skip
+    g = numbers(2, seed=86)
+    for what, bad, code in (
+        ("a kind that does not fit a block", {**first, "span": True}, "E_KIND_HOST"),
+        ("a kind that changes an input", {**own({"input": "x"} | {"output": "y + channel(g)"}, {"g": g}), "span": True}, "E_HOST_SPAN"),
+    ):  # fmt: skip
+        cases.append({
+            "description": f"{what}, from one module to another", "clause": ["DH-5.5-4", "DH-11-2"], **base,
+            "deltas": written([{"modules": [bad]}]), "valid": False, "error_code": code, "expect": {"unchanged": True},
+        })  # fmt: skip
     return cases

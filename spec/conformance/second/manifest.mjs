@@ -74,12 +74,19 @@ const BACKBONE = object({ identity: IDENTITY }, {
   source: SOURCE, files: list(FILE), leaves: table(name, digest), leaves_bf16: table(name, digest),
   compatible: list(object({ root: digest, relation: text }, { method: text })),
 });
+const NUMBERS = object({ start: natural, stop: natural, period: natural });
+const ROWS = (value, where) => {
+  NUMBERS(value, where);
+  const [start, stop, period] = ["start", "stop", "period"].map((n) => value.get(n));
+  if (!(start < stop && stop <= period)) field(where, "no rows of a period");
+  return value;
+};
 const MODULE = object(
   {
     name: matches(/^[A-Za-z][A-Za-z0-9_-]{0,63}$/, "no name of a module"), kind: text, version: integer, config: open,
     targets: list(test((v) => typeof v === "string", "no text")),
   },
-  { removes: list(name) },
+  { rows: ROWS, stack: test((v) => typeof v === "bigint" && v > 0n, "no count"), removes: list(name), inputs: list(test((v) => typeof v === "string", "no text")) },
 );
 const SETTING = object({
   on: matches(/^(config|processor|scheduler)$/, "not config, processor or scheduler"),
@@ -128,9 +135,11 @@ export async function parseManifest(bytes) {
   const found = modules.map((module) => {
     const kind = kinds.get(module.get("kind"), module.get("version"));
     checkConfig(kind, module.get("config"));
+    const targets = expand(module.get("targets"));
+    if (module.has("inputs") && expand(module.get("inputs")).length !== targets.length) field("/modules", "inputs and targets differ");
     return {
       name: module.get("name"), kind: module.get("kind"), version: Number(module.get("version")),
-      targets: expand(module.get("targets")),
+      targets,
     };
   });
   return { value: root, modules: found };
