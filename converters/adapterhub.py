@@ -1,8 +1,8 @@
 """AdapterHub checkpoints: a folder of ``adapter_config.json`` and ``adapter.safetensors`` or a pickle.
 
-The adapter's name is in every key, and a model with a head puts its prefix before all of them. What a bottleneck
-computes depends on five flags; the usual one (Pfeiffer) lets the layer's own norm run twice, which is a function of
-that norm: its kind document travels with the package.
+The adapter's name is in every key, and a model with a head puts its prefix before all of them. One adapter may be a
+union of several methods; which one a tensor belongs to, its key says. A prefix is stored once for all layers, and
+listed under each of them again.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltahub.converters.adapterhub_bottleneck import bottlenecks, invertible
+from deltahub.converters.adapterhub_documents import PFEIFFER
+from deltahub.converters.adapterhub_methods import heads, loras, prefixes, refts
 from deltahub.converters.base import Base
 from deltahub.converters.entries import Entry, Keys, read_json, read_tensors, write_entries
 from deltahub.errors import ConverterError
@@ -26,45 +30,43 @@ __all__ = ["PFEIFFER", "import_", "sniff"]
 
 EXTENSION = "ml.adapterhub"
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
+HEAD_CONFIG, HEAD_WEIGHTS, HEAD_PICKLE = "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"
 
-PFEIFFER: Mapping[str, Any] = {
-    "kind": "ml.adapterhub.pfeiffer",
-    "version": 1,
-    "title": "A bottleneck between two runs of a layer's own norm",
-    "reference": "arXiv:2005.00247",
-    "hosts": ["norm"],
-    "config": {
-        "bottleneck": {"type": "integer", "minimum": 1},
-        "activation": {"type": "string", "default": "relu"},
-        "scale": {"type": "number", "default": 1.0},
-    },
-    "tensors": {
-        "down": {"shape": ["bottleneck", "out"], "init": "kaiming_uniform"},
-        "down_bias": {"shape": ["bottleneck"], "init": "zeros"},
-        "up": {"shape": ["out", "bottleneck"], "init": "zeros"},
-        "up_bias": {"shape": ["out"], "init": "zeros"},
-    },
-    "equations": {
-        "replace": (
-            "h = linear(activation(linear(base(x), down, down_bias), activation), up, up_bias)\nbase(x + scale * h)"
-        )
-    },
+_KEY = re.compile(
+    r"(?:(?P<path>.+)\.)?(?P<type>loras|adapters|refts|prefix_tunings|prefix_gates|prompt_tunings|shared_parameters"
+    r"|invertible_adapters)\.(?P<adapter>[^.]+)\.(?P<name>.+)"
+)
+_LEGACY = {
+    "attention_text_task_adapters": "adapters",
+    "attention_text_lang_adapters": "adapters",
+    "layer_text_task_adapters": "adapters",
+    "layer_text_lang_adapters": "adapters",
+    "invertible_lang_adapters": "invertible_adapters",
 }
-"""x is the sum of a sublayer's output and its residual; out = norm(x + up(act(down(norm(x)))))."""
+_ARCHITECTURES = {
+    None: "adapters",
+    "lora": "loras",
+    "mtl_lora": "loras",
+    "prefix_tuning": "prefix_tunings",
+    "reft": "refts",
+}
+_FAULTY_SCALE = (1, 1)
+"""Before this version a LoRA was computed as if alpha were its rank."""
 
-_KEY = re.compile(r"(?P<path>.+)\.(?P<type>loras|adapters)\.(?P<adapter>[^.]+)\.(?P<name>.+)")
-# Flags of a bottleneck: (before the norm, the norm runs before the adapter, it runs after) and what that is.
-_FLAGS = ("residual_before_ln", "original_ln_before", "original_ln_after")
-_REFUSED = {
-    "cross_adapter": "a second adapter in cross-attention",
-    "inv_adapter": "an invertible adapter on the embeddings",
-    "is_parallel": "it reads the residual, which is no input of the module it is added to",
-    "ln_after": "a norm of its own after it",
-    "ln_before": "a norm of its own before it",
-    "phm_layer": "hypercomplex layers, whose shared rule such a file may lack",
-    "adapter_residual_before_ln": "the residual of the adapter is added elsewhere",
-    "use_gating": "a learned gate",
-}
+
+@dataclass(kw_only=True)
+class _Found:
+    """The tensors of a file, by what they belong to.
+
+    Attributes:
+        parts: by type of method and path.
+        shared: those that all layers use.
+        invertible: those of an adapter after the embeddings.
+    """
+
+    parts: dict[str, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    invertible: dict[str, Tensor] = field(default_factory=dict)
 
 
 def sniff(path: Path) -> bool:
@@ -92,7 +94,7 @@ def import_(
         path: the adapter's folder.
         out: the package's folder.
         backbone: the model that it was trained on.
-        class_name: its class; by default that of its configuration.
+        class_name: its class; by default that of its configuration. One with a head, where the adapter has one.
         allow_pickle: read a ``pytorch_adapter.bin`` where there is no ``adapter.safetensors``.
         overwrite: replace a package that is there.
 
@@ -107,38 +109,81 @@ def import_(
     file = folder / WEIGHTS if (folder / WEIGHTS).exists() else folder / PICKLE
     base = Base.of(backbone, class_name=class_name)
     try:
-        method = _method(config, folder / CONFIG)
+        configs = _configs(document, folder / CONFIG)
         tensors, _ = read_tensors(file, allow_pickle=allow_pickle)
-        entries = method(config, Keys(tensors, file), base)
-        kept = {EXTENSION: {"config": document}}
-        return write_entries(out, entries, base, extensions=kept, overwrite=overwrite)
+        entries = _entries(configs, _sorted(Keys(_renamed(tensors), file), base), base, file)
+        kept: dict[str, Any] = {"config": document}
+        entries += _head(folder, base, kept, allow_pickle=allow_pickle)
+        return write_entries(out, entries, base, extensions={EXTENSION: kept}, overwrite=overwrite)
     finally:
         base.close()
 
 
-def _method(config: Mapping[str, Any], where: object) -> Any:
-    name = config.get("architecture") or ("bottleneck" if "reduction_factor" in config else None)
-    if name not in _METHODS:
-        raise ConverterError(
-            "E_CONVERT_KIND",
-            "no kind of delta here computes this method of AdapterHub",
-            where=where,
-            expected=", ".join(_METHODS),
-            found=name,
-        )
-    return _METHODS[name]
+def _configs(document: Mapping[str, Any], where: object) -> dict[str, list[dict[str, Any]]]:
+    """The configurations by type of method; a union has several."""
+    config = document["config"]
+    every = config.get("configs") if config.get("architecture") == "union" else [config]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for one in every or ():
+        kind = _ARCHITECTURES.get(one.get("architecture")) if isinstance(one, dict) else None
+        if kind is None or (kind == "adapters" and "reduction_factor" not in one):
+            raise ConverterError(
+                "E_CONVERT_KIND",
+                "no kind of delta here computes this method of AdapterHub",
+                where=where,
+                expected=", ".join(str(name or "bottleneck") for name in _ARCHITECTURES),
+                found=one.get("architecture") if isinstance(one, dict) else one,
+            )
+        if kind == "loras" and _version(document) < _FAULTY_SCALE:
+            one = {**one, "alpha": one.get("r")}
+        found.setdefault(kind, []).append(one)
+    return found
 
 
-def _parts(keys: Keys, base: Base, kind: str) -> dict[str, dict[str, Tensor]]:
-    """Tensors by the live path that they hang under; all of one adapter."""
-    found: dict[str, dict[str, Tensor]] = {}
+def _version(document: Mapping[str, Any]) -> tuple[int, ...]:
+    """The version of the library that wrote a configuration; the newest where it does not say."""
+    found = re.fullmatch(r"adapters\.(\d+)\.(\d+)\..*", str(document.get("version", "")))
+    return (int(found[1]), int(found[2])) if found else _FAULTY_SCALE
+
+
+def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With the names that older versions of the library had replaced."""
+    found: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        for old, new in _LEGACY.items():
+            key = key.replace(old, new)
+        found[key] = value
+    return found
+
+
+def _sorted(keys: Keys, base: Base) -> _Found:
+    """All tensors, each of which belongs to something; those of one adapter."""
+    import torch
+
+    found = _Found()
+    names = {name for name, _ in base.arch.model.named_modules()}
     adapters: set[str] = set()
     for key in keys:
         match = _KEY.fullmatch(key)
-        if match is None or match["type"] != kind:
+        if match is None:
             continue
         adapters.add(match["adapter"])
-        found.setdefault(_live(match["path"], base), {})[match["name"]] = keys.take(key)
+        kind, name, value = match["type"], match["name"], keys.take(key)
+        if kind in {"shared_parameters", "invertible_adapters"}:
+            (found.shared if kind == "shared_parameters" else found.invertible)[name] = value
+            continue
+        if kind == "prefix_tunings":
+            place, _, name = name.partition(".")
+            part = found.parts.setdefault(kind, {}).setdefault(place, {})
+            if name in part and not torch.equal(part[name], value):
+                raise ConverterError(
+                    "E_CONVERT_KEY", "two layers differ in what they share", where=keys.where, found=key
+                )
+        else:
+            path = match["path"] or ""
+            path = path if kind == "prompt_tunings" else _live(path, base, names, kind)
+            part = found.parts.setdefault(kind, {}).setdefault(path, {})
+        part[name] = value
     keys.finish()
     if len(adapters) > 1:
         raise ConverterError(
@@ -147,126 +192,65 @@ def _parts(keys: Keys, base: Base, kind: str) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def _live(path: str, base: Base) -> str:
-    """A path with the prefix of the base model added or taken away, whichever is a module."""
-    names = {name for name, _ in base.arch.model.named_modules()}
+def _live(path: str, base: Base, names: set[str], kind: str) -> str:
+    """A path with the prefix of the base model added or taken away, whichever is a module.
+
+    Some models hold their adapters in a module of the library's own; its place is kept, and the layer has to be there.
+    """
+    root, _, last = path.rpartition(".")
+    own = last if kind == "refts" or last.endswith("_adapters") else ""
+    path = root if own else path
     prefix = str(getattr(base.arch.model, "base_model_prefix", "") or "")
     for one in (path, f"{prefix}.{path}", path.removeprefix(f"{prefix}.")):
         if one in names:
-            return one
+            return f"{one}.{own}" if own.endswith("_adapters") else one
     raise ConverterError("E_CONVERT_TARGET", "the backbone has no such module", where=path)
 
 
-def _number(config: Mapping[str, Any], key: str) -> float:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConverterError("E_CONVERT_CONFIG", f"{key} is missing or no number", found=value)
-    return float(value)
-
-
-def _lora(config: Mapping[str, Any], keys: Keys, base: Base) -> list[Entry]:
-    if config.get("use_gating") or config.get("vera_b") is not None or config.get("vera_d") is not None:
-        raise ConverterError("E_CONVERT_UNSUPPORTED", "a gate, or matrices that are not in the file", where=keys.where)
-    entries = []
-    for path, part in _parts(keys, base, "loras").items():
-        if config.get("composition_mode") == "scale":
-            entries.append(_ia3(path, part))
-            continue
-        if not {"lora_A", "lora_B"} <= part.keys() <= {"lora_A", "lora_B", "m.weight"}:
-            raise ConverterError("E_CONVERT_MISSING", "this is no low-rank pair", where=path, found=sorted(part))
-        down, up = part["lora_A"], part["lora_B"]
-        rank = int(down.shape[0])
-        if rank != config.get("r"):
+def _entries(configs: Mapping[str, list[dict[str, Any]]], found: _Found, base: Base, where: Path) -> list[Entry]:
+    entries: list[Entry] = []
+    for kind, parts in found.parts.items():
+        own = configs.get("prefix_tunings" if kind == "prefix_gates" else kind)
+        if own is None:
             raise ConverterError(
-                "E_CONVERT_RANK", "the tensors have another rank", where=path, expected=config.get("r"), found=rank
+                "E_CONVERT_KIND",
+                "the configuration has no such method",
+                where=where,
+                found=kind,
+                expected=", ".join(configs),
             )
-        values = {"rank": rank, "scale": _number(config, "alpha") / rank}
-        tensors = {"down": down, "up": up}
-        if "m.weight" in part:
-            entries.append(
-                Entry(
-                    path=path,
-                    kind="dora",
-                    config=values,
-                    tensors={**tensors, "magnitude": part["m.weight"].reshape(-1)},
-                )
-            )
+        if kind == "adapters":
+            entries += bottlenecks(own, parts, found.shared, base)
+        elif kind == "loras":
+            entries += loras(own[0], parts, found.shared, base)
+        elif kind == "refts":
+            entries += refts(own[0], parts, where)
         else:
-            entries.append(Entry(path=path, kind="lora", config=values, tensors=tensors))
+            entries += prefixes(own[0], parts, base, where)
+    if found.invertible:
+        config = next((one for one in configs.get("adapters", ()) if one.get("inv_adapter")), {})
+        entries += invertible(config, dict(found.invertible), base, where)
+    _complete(configs, found, where)
     return entries
 
 
-def _ia3(path: str, part: Mapping[str, Tensor]) -> Entry:
-    """A multiplier of the output, bias included; 1 leaves it as it is."""
-    if part.keys() != {"lora_B"} or part["lora_B"].shape[1:] != (1,):
-        raise ConverterError("E_CONVERT_SHAPE", "this is no vector of multipliers", where=path, found=sorted(part))
-    return Entry(path=path, kind="ia3", config={"axis": "out"}, tensors={"gain": part["lora_B"].reshape(-1)})
-
-
-def _bottleneck(config: Mapping[str, Any], keys: Keys, base: Base) -> list[Entry]:
-    for key, why in _REFUSED.items():
-        if config.get(key):
-            raise ConverterError("E_CONVERT_UNSUPPORTED", f"{key}: {why}", where=keys.where, found=config[key])
-    flags = tuple(bool(config.get(flag)) for flag in _FLAGS)
-    if not flags[2]:
+def _complete(configs: Mapping[str, list[dict[str, Any]]], found: _Found, where: Path) -> None:
+    """Refuse a file that lacks a method of its configuration."""
+    missing = sorted(configs.keys() - found.parts.keys())
+    if any(one.get("inv_adapter") for one in configs.get("adapters", ())) and not found.invertible:
+        missing.append("invertible_adapters")
+    if missing:
         raise ConverterError(
-            "E_CONVERT_UNSUPPORTED",
-            "the layer's own norm does not run after the adapter",
-            where=keys.where,
-            found=flags,
+            "E_CONVERT_MISSING", "tensors of a method are missing", where=where, found=", ".join(missing)
         )
-    between = flags[1]  # the layer's own norm runs before the adapter too
-    if between and not flags[0]:
-        raise ConverterError(
-            "E_CONVERT_UNSUPPORTED", "the residual is taken after the first norm", where=keys.where, found=flags
-        )
-    entries = []
-    for path, part in _parts(keys, base, "adapters").items():
-        names = {"adapter_down.0.weight", "adapter_down.0.bias", "adapter_up.weight", "adapter_up.bias"}
-        if part.keys() != names:
-            raise ConverterError(
-                "E_CONVERT_MISSING",
-                "this is no plain bottleneck",
-                where=path,
-                found=sorted(part),
-                expected=sorted(names),
-            )
-        values = {
-            "bottleneck": int(part["adapter_down.0.weight"].shape[0]),
-            "activation": {"swish": "silu"}.get(str(config.get("non_linearity")), str(config.get("non_linearity"))),
-            "scale": _number(config, "scaling"),
-        }
-        tensors = {
-            "down": part["adapter_down.0.weight"],
-            "down_bias": part["adapter_down.0.bias"],
-            "up": part["adapter_up.weight"],
-            "up_bias": part["adapter_up.bias"],
-        }
-        if between:
-            place = _child(path, base, "norm")
-            entries.append(
-                Entry(path=place, kind=str(PFEIFFER["kind"]), config=values, tensors=tensors, document=PFEIFFER)
-            )
-        else:
-            entries.append(Entry(path=_child(path, base, "linear"), kind="adapter", config=values, tensors=tensors))
-    return entries
 
 
-def _child(path: str, base: Base, family: str) -> str:
-    """The one norm, or the one linear layer, of the module that an adapter hangs under."""
-    inner = [
-        f"{path}.{name}"
-        for name, _ in base.arch.model.get_submodule(path).named_children()
-        if base.arch.host(f"{path}.{name}").shape.family == family
-    ]
-    if len(inner) != 1:
-        raise ConverterError(
-            "E_CONVERT_UNSUPPORTED",
-            f"the adapter's module has {len(inner)} layers of the family {family}, so its place is not known",
-            where=path,
-            found=", ".join(inner) or None,
-        )
-    return inner[0]
-
-
-_METHODS = {"bottleneck": _bottleneck, "lora": _lora}
+def _head(folder: Path, base: Base, kept: dict[str, Any], *, allow_pickle: bool) -> list[Entry]:
+    """The head that was saved beside an adapter."""
+    if not (folder / HEAD_CONFIG).is_file():
+        return []
+    file = folder / HEAD_WEIGHTS if (folder / HEAD_WEIGHTS).exists() else folder / HEAD_PICKLE
+    config = read_json(folder / HEAD_CONFIG)
+    kept["head"] = config
+    tensors, _ = read_tensors(file, allow_pickle=allow_pickle)
+    return heads(tensors, config, base, file)

@@ -1,7 +1,7 @@
 """What each delta of OpenDelta is here: its tensors and configuration as the site of a kind.
 
-OpenDelta's adapters map rows and the kinds here map columns, so that factors are transposed. What a file leaves out is
-what OpenDelta's own configuration has by default.
+OpenDelta's low-rank adapters map rows and the kinds here map columns, so that factors are transposed. What a file
+leaves out is what OpenDelta's own configuration has by default.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltahub.converters.base import Base
 from deltahub.converters.entries import Entry
+from deltahub.converters.hypercomplex import layer, same_rank
 from deltahub.errors import ConverterError
 
 if TYPE_CHECKING:
@@ -103,52 +104,29 @@ def _low_rank(path: str, tensors: dict[str, Tensor], config: Mapping[str, Any], 
 def _compacter(path: str, tensors: dict[str, Tensor], config: Mapping[str, Any], base: Base, group: str) -> Entry:
     values: dict[str, Tensor] = {}
     for side in ("down", "up"):
-        values |= {
-            f"{side}_{name}": tensor for name, tensor in _hypercomplex(tensors, f"{side}_sampler.", path).items()
-        }
-    # A weight that is not factored has a factor that is the identity: both maps get the same number of terms.
-    rank = max(values["down_left"].shape[2], values["up_left"].shape[2])
-    for side in ("down", "up"):
-        values |= _padded(values, side, rank)
+        values |= _hypercomplex(side, tensors, f"{side}_sampler.", path)
     options = {
         "bottleneck": int(values["down_bias"].shape[0]),
         "division": int(values["down_rule"].shape[0]),
-        "rank": int(rank),
+        "rank": same_rank(values),
         "activation": _activation(config),
     }
     return Entry(path=path, kind="compacter", config=options, tensors=values, group=group)
 
 
-def _hypercomplex(tensors: dict[str, Tensor], prefix: str, path: str) -> dict[str, Tensor]:
-    """One map of a compacter: each factor is transposed, left and right change places."""
+def _hypercomplex(side: str, tensors: dict[str, Tensor], prefix: str, path: str) -> dict[str, Tensor]:
     import torch
 
     if f"{prefix}phm_rule_left" in tensors:
         rule = torch.bmm(take(tensors, f"{prefix}phm_rule_left", path), take(tensors, f"{prefix}phm_rule_right", path))
     else:
         rule = take(tensors, f"{prefix}phm_rule", path)
+    right: Tensor | None
     if f"{prefix}W" in tensors:
-        whole = take(tensors, f"{prefix}W", path)
-        left, right = whole, torch.eye(whole.shape[2]).to(whole).repeat(whole.shape[0], 1, 1)
+        left, right = take(tensors, f"{prefix}W", path), None
     else:
         left, right = take(tensors, f"{prefix}W_left", path), take(tensors, f"{prefix}W_right", path)
-    out = rule.shape[2] * right.shape[2]
-    bias = tensors.pop(f"{prefix}b") if f"{prefix}b" in tensors else left.new_zeros(out)
-    return {
-        "rule": rule.transpose(1, 2).contiguous(),
-        "left": right.transpose(1, 2).contiguous(),
-        "right": left.transpose(1, 2).contiguous(),
-        "bias": bias,
-    }
-
-
-def _padded(values: Mapping[str, Tensor], side: str, rank: int) -> dict[str, Tensor]:
-    """The factors with terms of zero up to a rank."""
-    import torch.nn.functional as F
-
-    left, right = values[f"{side}_left"], values[f"{side}_right"]
-    more = rank - left.shape[2]
-    return {f"{side}_left": F.pad(left, (0, more)), f"{side}_right": F.pad(right, (0, 0, 0, more))}
+    return layer(side, rule, left, right, tensors.pop(f"{prefix}b", None))
 
 
 def _bitfit(path: str, tensors: dict[str, Tensor], config: Mapping[str, Any], base: Base, group: str) -> Entry:

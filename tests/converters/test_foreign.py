@@ -130,11 +130,14 @@ def test_biases_and_low_rank_adapters_of_opendelta(tmp_path: Path) -> None:
         assert float((model.get_submodule(site)(x) - want).abs().max()) <= 1e-5 * float(want.abs().max())
 
 
-@pytest.mark.parametrize(("name", "kind"), [("lora", "lora"), ("ia3", "ia3"), ("pfeiffer", "ml.adapterhub.pfeiffer")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("lora", "lora"), ("ia3", "ia3"), ("pfeiffer", "ml.adapterhub.pfeiffer"), ("prefix", "prefix")],
+)
 def test_adapterhub_gives_its_own_outputs(name: str, kind: str, tmp_path: Path) -> None:
     folder, base = FIXTURES / "adapters" / name, FIXTURES / "adapters" / "backbone"
     assert sniff(folder) == "adapterhub"
-    package = import_(folder, tmp_path / "p", backbone=base)
+    package = import_(folder, tmp_path / "p", backbone=base, allow_pickle=name == "prefix")
     assert {module.kind for module in package.manifest.modules} == {kind}
     model = deltahub.load(package.path, backbone=base)
     reference = outputs(folder, "")
@@ -145,19 +148,18 @@ def test_adapterhub_gives_its_own_outputs(name: str, kind: str, tmp_path: Path) 
     assert float((found.last_hidden_state - reference["base_last_hidden_state"]).abs().max()) > 1e-3
 
 
-def test_adapterhub_prefixes_are_refused(tmp_path: Path) -> None:
-    folder, base = FIXTURES / "adapters" / "prefix", FIXTURES / "adapters" / "backbone"
-    refused("E_CONVERT_KIND", folder, tmp_path, backbone=base, allow_pickle=True)
-
-
 @pytest.mark.parametrize(
     ("name", "change", "code"),
     [
         ("pfeiffer", {"is_parallel": True}, "E_CONVERT_UNSUPPORTED"),
         ("pfeiffer", {"original_ln_after": False}, "E_CONVERT_UNSUPPORTED"),
         ("pfeiffer", {"residual_before_ln": False}, "E_CONVERT_UNSUPPORTED"),
-        ("pfeiffer", {"scaling": "learned"}, "E_CONVERT_CONFIG"),
-        ("lora", {"use_gating": True}, "E_CONVERT_UNSUPPORTED"),
+        ("pfeiffer", {"scaling": "learned"}, "E_CONVERT_MISSING"),
+        ("pfeiffer", {"scaling": [4]}, "E_CONVERT_CONFIG"),
+        ("lora", {"use_gating": True}, "E_CONVERT_MISSING"),
+        ("lora", {"composition_mode": "scale"}, "E_CONVERT_SHAPE"),
+        ("pfeiffer", {"inv_adapter": "nice"}, "E_CONVERT_MISSING"),
+        ("pfeiffer", {"phm_layer": True}, "E_CONVERT_MISSING"),
         ("lora", {"r": 8}, "E_CONVERT_RANK"),
         ("lora", {"architecture": "reft"}, "E_CONVERT_KIND"),
     ],
