@@ -20,18 +20,20 @@ def backbone_modules(model: nn.Module) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
-    waiting: list[tuple[str, nn.Module]] = [("", model)]
-    while waiting:
-        path, module = waiting.pop()
+
+    def walk(module: nn.Module, path: str) -> None:
         if id(module) in seen:
-            continue
+            return
         seen.add(id(module))
         found[path] = module
-        if module._modules:
-            prefix = f"{path}." if path else ""
-            waiting += [
-                (prefix + name, child)
-                for name, child in reversed(module._modules.items())
-                if child is not None and not name.startswith(SITE_PREFIX)
-            ]
+        if children := module._modules:
+            prefix = path and path + "."
+            for name, child in children.items():
+                if child is not None and name[:_LENGTH] != SITE_PREFIX:
+                    walk(child, prefix + name)
+
+    walk(model, "")
     return found
+
+
+_LENGTH = len(SITE_PREFIX)
