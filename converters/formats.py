@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from deltahub.errors import ConverterError
+from deltahub.errors import ConverterError, UsageError
 
 if TYPE_CHECKING:
     from deltahub.package import Package
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["Converter", "convert", "export_", "formats", "import_", "sniff"]
 
 GROUP = "deltahub.converters"
-_BUILT_IN = ("adapterhub", "delta_conv", "diffusers", "kohya", "opendelta", "peft")
+_BUILT_IN = (
+    "adapterhub", "delta_conv", "diffusers", "gguf", "ip_adapter", "kohya", "mlx", "opendelta", "peft",
+    "textual_inversion", "torchtune",
+)  # fmt: skip
 """Formats of this distribution: they are found where nothing is installed, too."""
 
 
@@ -78,7 +82,8 @@ def import_(
     Raises:
         ConverterError: it cannot be converted without loss, and nothing is written.
     """
-    return _format(from_ or sniff(path)).import_(path, out, **options)
+    run = _format(from_ or sniff(path)).import_
+    return run(path, out, **_known(run, options))
 
 
 def export_(package: Package | str | os.PathLike[str], out: str | os.PathLike[str], *, to: str, **options: Any) -> Path:
@@ -91,7 +96,7 @@ def export_(package: Package | str | os.PathLike[str], out: str | os.PathLike[st
     write = getattr(converter, "export_", None)
     if write is None:
         raise ConverterError("E_CONVERT_FORMAT", "packages cannot be written in this format", found=to)
-    return cast(Path, write(package, out, **options))
+    return cast(Path, write(package, out, **_known(write, options)))
 
 
 def convert(
@@ -101,6 +106,23 @@ def convert(
     if to is not None and to != "package":
         return export_(path, out, to=to, **options)
     return import_(path, out, **options).path
+
+
+def _known(run: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a format knows; those that say nothing (``None`` or ``False``) are left out.
+
+    Raises:
+        UsageError: ``E_USAGE_OPTION`` for one that it does not know.
+    """
+    parameters = inspect.signature(run).parameters
+    said = {name: value for name, value in options.items() if value is not None and value is not False}
+    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        return said
+    wrong = sorted(said.keys() - parameters.keys())
+    if wrong:
+        known = ", ".join(name for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY)
+        raise UsageError("E_USAGE_OPTION", "the format has no such option", expected=known, found=", ".join(wrong))
+    return said
 
 
 def _format(name: str) -> Converter:

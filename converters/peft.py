@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from deltahub.package import Package
 
-__all__ = ["export_", "import_", "named", "sniff"]
+__all__ = ["export_", "import_", "named", "read_lora", "sniff"]
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -203,7 +203,12 @@ def _labels(config: Mapping[str, Any], plain: Base, live: Mapping[str, Tensor]) 
     return [{"on": "config", "path": "num_labels", "was": was, "value": sizes.pop()}]
 
 
-def _lora(config: Mapping[str, Any], keys: Keys, base: Base) -> list[Entry]:
+def read_lora(config: Mapping[str, Any], keys: Keys, base: Base) -> list[Entry]:
+    """All sites of a LoRA, each key taken once.
+
+    Raises:
+        ConverterError: as :func:`import_`.
+    """
     sites: dict[str, dict[str, Tensor]] = {}
     plain: list[str] = []
     for key in keys:
@@ -276,19 +281,13 @@ def _lora_entry(path: str, part: dict[str, Tensor], scales: Scales, base: Base, 
 
 
 _READERS: Mapping[str, Callable[[Mapping[str, Any], Keys, Base], list[Entry]]] = {
-    "LORA": _lora,
+    "LORA": read_lora,
     **{name: method.read for name, method in METHODS.items()},
 }
 
 
-def export_(
-    package: Package | str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    backbone: nn.Module | str | os.PathLike[str] | None = None,
-    bake: bool | None = None,
-) -> Path:
-    """Make a PEFT adapter out of a package; see :func:`deltahub.converters.peft_writing.export_`."""
+def export_(package: Package | str | os.PathLike[str], out: str | os.PathLike[str], **options: Any) -> Path:
+    """Make a PEFT adapter out of a package; see :func:`deltahub.converters.peft_writing.export_` for the options."""
     from deltahub.converters.peft_writing import export_ as write
 
-    return write(package, out, backbone=backbone, bake=bake)
+    return write(package, out, **options)

@@ -43,6 +43,8 @@ def export_(
     *,
     backbone: nn.Module | str | os.PathLike[str] | None = None,
     bake: bool | None = None,
+    target: str | None = None,
+    approximate: int | None = None,
 ) -> Path:
     """Write a PEFT adapter.
 
@@ -52,13 +54,18 @@ def export_(
         backbone: needed for embeddings, convolutions and biases, and to be sure that no target means a second module.
         bake: multiply the scale into ``lora_B`` and write alpha = rank. By default this is done unless all scales come
             out of the configuration that the package was imported with.
+        target: a server that shall take it: ``vllm``, ``lorax``, ``tgi`` or ``trtllm``. What it would refuse or drop is
+            refused, scales are multiplied in, and ranks filled up with zeros where it wants one for all.
+        approximate: for a server: the rank to which updates that have no low rank are cut; what is lost is logged.
 
     Returns:
         The folder.
 
     Raises:
-        ConverterError: ``E_CONVERT_EXPORT`` with everything that PEFT cannot say.
+        ConverterError: ``E_CONVERT_EXPORT`` with everything that PEFT, or the server, cannot say.
     """
+    from deltahub.converters.serving import for_engine
+
     source = opened(package)
     manifest = source.manifest
     base = None
@@ -67,7 +74,10 @@ def export_(
         settings = [s.model_dump() for s in manifest.settings or () if s.on == "config"]
         base = Base.of(backbone, class_name=section.class_ if section is not None else None, settings=settings)
     try:
-        config, tensors = _adapter(source, base, bake=bake)
+        entries = entries_of(source)
+        if target is not None:
+            entries, bake = for_engine(target, entries, base, approximate=approximate), True
+        config, tensors = _adapter(source, entries, base, bake=bake)
     finally:
         if base is not None:
             base.close()
@@ -126,8 +136,10 @@ def _cannot(reasons: Sequence[str]) -> ConverterError:
     )
 
 
-def _adapter(source: Package, base: Base | None, *, bake: bool | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    parts = _sorted_parts(entries_of(source))
+def _adapter(
+    source: Package, entries: Sequence[Entry], base: Base | None, *, bake: bool | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    parts = _sorted_parts(entries)
     _check_targets([*parts.lora, *parts.saved], base)
     config = _fresh(source, parts)
     known = _original(source, parts)

@@ -19,6 +19,7 @@ EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "diffusers": (("diffusers", "transformers"), "backbones of diffusers: images, video"),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "export to ONNX, and running what was exported"),
     "diff": (("zstandard",), "compressed differences between checkpoints"),
+    "gguf": (("gguf",), "LoRA for llama.cpp, both ways"),
     "sign": (("cryptography",), "signing packages and checking signatures"),
     "keyless": (("cryptography", "model-signing", "pyopenssl"), "signatures by an identity instead of a key"),
     "testing": (("starlette", "uvicorn", "python-multipart", "lz4"), "a Hub on this machine, for tests"),

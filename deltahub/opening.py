@@ -40,8 +40,9 @@ _CLIENT = ("cache_dir", "token", "endpoint", "local_files_only")
 
 @dataclass(frozen=True, kw_only=True)
 class _Found:
-    """An adapter that became a package: where, on what, and what is to be said of it."""
+    """An adapter that became a package: where both are, on what, and what is to be said of it."""
 
+    folder: Path
     package: Path
     backbone: Any
     commit: str
@@ -74,15 +75,18 @@ def _run(run: Callable[..., T], found: _Found, source: object, options: dict[str
         logger.warning("%s: %s", source, note)
     given = {key: value for key, value in options.items() if key not in {"source", "revision"}}
     result = run(found.package, **{**given, "backbone": found.backbone})
-    told = {"source": str(source), "path": Path(os.fspath(source)) if not found.commit else found.package}  # type: ignore[call-overload]
-    told |= {"commit": found.commit, "sha256": "", "notes": found.notes}
+
+    def told(report: loading.LoadReport) -> loading.LoadReport:
+        notes = (*report.notes, *found.notes)
+        return replace(report, source=str(source), path=found.folder, commit=found.commit, sha256="", notes=notes)
+
     if isinstance(result, loading.VerifyReport):
-        return cast("T", replace(result, load=replace(result.load, **told)))
+        return cast("T", replace(result, load=told(result.load)))
     from deltahub.composition import deltas
 
     delta = deltas(cast("nn.Module", result)).get(given.get("name") or found.package.name)
     if delta is not None and isinstance(delta.report, loading.LoadReport):
-        delta.report = replace(delta.report, **told)
+        delta.report = told(delta.report)
     return result
 
 
@@ -147,7 +151,7 @@ def _converted(folder: Path, out: Path, commit: str, options: dict[str, Any], cl
         notes.append(f"it names {said} as its backbone and was put on the one that was given; nothing compares the two")
     notes.append("it is an adapter of PEFT, without digests or a probe: only names, shapes and scales were checked")
     peft.import_(folder, out, backbone=backbone, allow_pickle=bool(options.get("allow_pickle")))
-    return _Found(package=out, backbone=backbone, commit=commit, notes=tuple(notes))
+    return _Found(folder=folder, package=out, backbone=backbone, commit=commit, notes=tuple(notes))
 
 
 load = _opening(loading.load)

@@ -121,11 +121,17 @@ def diff(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A foreign checkpoint; with --to, a package.")],
+    source: Annotated[str, typer.Argument(help="A foreign checkpoint; with --to, a package.")],
     out: Out,
     to: Annotated[str | None, typer.Option(help="The format to write; a package by default.")] = None,
     from_: Annotated[str | None, typer.Option("--from", help="The format to read; found out by default.")] = None,
     backbone: Backbone = None,
+    alpha: Annotated[float | None, typer.Option(help="Of a LoRA file that has none.")] = None,
+    place: Annotated[
+        list[int] | None, typer.Option(help="The token whose row an embedding takes; once for each of its vectors.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="With --to peft: vllm, lorax, tgi or trtllm.")] = None,
+    approximate: Annotated[int | None, typer.Option(min=1, help="Rank to cut to what has no low rank.")] = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pickles, without running code.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -135,9 +141,10 @@ def convert(
 
     options: dict[str, Any] = {} if backbone is None else {"backbone": backbone}
     if to is not None:
-        export_(source, out, to=to, **options)
+        export_(source, out, to=to, target=target, approximate=approximate, **options)
     else:
-        import_(source, out, from_=from_, allow_pickle=allow_pickle, overwrite=overwrite, **options)
+        given = {"alpha": alpha, "places": place or None, "allow_pickle": allow_pickle, "overwrite": overwrite}
+        import_(source, out, from_=from_, **given, **options)
     show({"path": str(out)}, as_json, lambda result: [result["path"]])
 
 

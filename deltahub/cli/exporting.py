@@ -57,6 +57,51 @@ def export_onnx(
     show(found, as_json, lines)
 
 
+Approximate = Annotated[
+    int | None, typer.Option(min=1, help="Rank to cut to what has no low rank; what is lost is said.")
+]
+
+
+@_exports.command("peft")
+def export_peft(
+    package: Package,
+    out: Out,
+    target: Annotated[str | None, typer.Option(help="Who shall take it: vllm, lorax, tgi or trtllm.")] = None,
+    approximate: Approximate = None,
+    backbone: Backbone = None,
+    as_json: Json = False,
+) -> None:
+    """Write an adapter of PEFT, within the limits of the server that shall take it."""
+    _foreign(package, out, as_json, to="peft", target=target, approximate=approximate, backbone=backbone)
+
+
+@_exports.command("mlx")
+def export_mlx(
+    package: Package, out: Out, approximate: Approximate = None, backbone: Backbone = None, as_json: Json = False
+) -> None:
+    """Write an adapter of MLX-LM."""
+    _foreign(package, out, as_json, to="mlx", approximate=approximate, backbone=backbone)
+
+
+@_exports.command("gguf")
+def export_gguf(
+    package: Package,
+    out: Out,
+    backbone: Annotated[str, typer.Option(help="A folder, or a repository: it tells names and heads.")],
+    dtype: Annotated[str | None, typer.Option(help="float32 or float16.")] = None,
+    approximate: Approximate = None,
+    as_json: Json = False,
+) -> None:
+    """Write a LoRA that llama.cpp loads; --out is a file."""
+    _foreign(package, out, as_json, to="gguf", dtype=dtype, approximate=approximate, backbone=backbone)
+
+
+def _foreign(package: str, out: Path, as_json: bool, **options: Any) -> None:
+    from deltahub.converters import export_
+
+    show({"path": str(export_(package, out, **options))}, as_json, lambda result: [result["path"]])
+
+
 @_runs.command("onnx")
 def run_onnx(
     folder: Annotated[Path, typer.Argument(help="What `deltahub export onnx` wrote.")],
