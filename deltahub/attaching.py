@@ -139,12 +139,9 @@ def attach_parts(
     for part in parts:
         known: dict[object, tuple[Bound, Mapping[str, TensorSpec]]] = {}
         for path, source in itertools.zip_longest(part.paths, part.inputs):
-            place = _place(modules, path)
-            if source is not None:
-                place = dataclasses.replace(place, source=(source, _place(modules, source).module))
-                _check_home(_place(modules, source).module, source, home)
+            place = _place(modules, path, source)
             module = place.module
-            _check_home(module, path, home)
+            _check_home(place, path, home)
             built.append((part, module, _build(name, part, path, place, known, dtype, draws)))
     providers = {path: None for _, module, site in built for path in _surroundings(site, modules, module)}
     delta = Delta(name=name, model=model, parts=parts)
@@ -160,10 +157,7 @@ def attach_parts(
     model.__dict__[REGISTRY] = home
     for part, module, site in built:
         add_site(module, site, home.switch)
-        if site.span is not None:
-            source = modules[site.span.source]
-            add_span(source, site.span, home.switch)
-            part.sources.append(source)
+        _begin(modules, part, site, home)
     give(modules, providers)
     home.undo += _unnested(modules, {site.path for _, _, site in built})
     _hear(modules, delta.prompted)
@@ -174,18 +168,29 @@ def attach_parts(
     return delta
 
 
-def _check_home(module: nn.Module, path: str, home: Registry) -> None:
-    slot = slot_of(module)
-    if slot is not None and slot.switch is not home.switch:
-        raise InjectionError(
-            "E_INJECTION_NESTED",
-            "this module carries a delta that was attached to another root",
-            where=path,
-            hint="attach all deltas through the same outer model",
-        )
+def _check_home(place: Place, path: str, home: Registry) -> None:
+    here = [(path, place.module)] if place.source is None else [(path, place.module), place.source]
+    for where, module in here:
+        slot = slot_of(module)
+        if slot is not None and slot.switch is not home.switch:
+            raise InjectionError(
+                "E_INJECTION_NESTED",
+                "this module carries a delta that was attached to another root",
+                where=where,
+                hint="attach all deltas through the same outer model",
+            )
 
 
-def _place(modules: Mapping[str, nn.Module], path: str) -> Place:
+def _begin(modules: Mapping[str, nn.Module], part: Part, site: Site, home: Registry) -> None:
+    """Let a site that reads another module's input hear of it."""
+    if site.span is not None:
+        source = modules[site.span.source]
+        add_span(source, site.span, home.switch)
+        part.sources.append(source)
+
+
+def _place(modules: Mapping[str, nn.Module], path: str, source: str | None = None) -> Place:
+    """Where a target is; with the module that it reads the input of, where that is another."""
     place = place_of(modules, path)
     if place is None:
         near = difflib.get_close_matches(path, list(modules), 3, cutoff=0.5)
@@ -196,7 +201,7 @@ def _place(modules: Mapping[str, nn.Module], path: str) -> Place:
             expected=", ".join(near) or None,
             hint="check that the delta was made for this architecture",
         )
-    return place
+    return place if source is None else dataclasses.replace(place, source=(source, _place(modules, source).module))
 
 
 def _facts(part: Part, path: str, place: Place) -> tuple[HostShape, View]:

@@ -50,6 +50,8 @@ def choose(model: nn.Module, targets: str | Sequence[str] | Choice, exclude: str
     for target in wanted:
         if callable(target):
             found |= {Target(path) for path, module in modules.items() if target(path, module)}
+        elif target in modules:
+            found.add(Target(target))
         elif target.startswith(ROLE_PREFIX):
             found |= set(targets_of(model, target.removeprefix(ROLE_PREFIX), modules))
         else:
@@ -83,6 +85,7 @@ def split(
     kind: Kind,
     config: Mapping[str, object],
     chosen: Sequence[Target],
+    sources: Sequence[Target] = (),
     *,
     dropout: float = 0.0,
 ) -> list[Part]:
@@ -94,8 +97,14 @@ def split(
         kind: of all of them.
         config: the same.
         chosen: from :func:`choose`.
+        sources: modules whose inputs are read in place of the targets' own, one for each target; or none.
         dropout: as for :func:`attach`.
+
+    Raises:
+        TargetError: ``E_TARGET_SPANS`` where there are not as many sources as targets, or one is part of a module.
     """
+    if sources:
+        return [_spans(name, kind, config, chosen, sources, dropout=dropout)]
     modules = backbone_modules(model)
     alike: dict[tuple[Rows | None, int], list[str]] = {}
     for target in chosen:
@@ -114,3 +123,25 @@ def split(
         )
         for i, ((rows, stack), paths) in enumerate(alike.items())
     ]
+
+
+def _spans(
+    name: str,
+    kind: Kind,
+    config: Mapping[str, object],
+    chosen: Sequence[Target],
+    sources: Sequence[Target],
+    *,
+    dropout: float,
+) -> Part:
+    """Targets with the modules whose inputs are read there, in the model's order."""
+    if len(sources) != len(chosen) or any(target.rows is not None for target in (*chosen, *sources)):
+        raise TargetError(
+            "E_TARGET_SPANS",
+            "inputs and targets are whole modules, one input for each target",
+            expected=f"{len(chosen)} inputs",
+            found=f"{len(sources)}: {', '.join(source.path for source in sources[:3])}",
+            hint="name both by patterns that match once in every layer",
+        )
+    paths, inputs = [t.path for t in chosen], [s.path for s in sources]
+    return Part(name=name, kind=kind, config=config, paths=paths, inputs=inputs, dropout=dropout)

@@ -19,7 +19,7 @@ from deltahub.composition import (
 )
 from deltahub.contexts import withdraw
 from deltahub.errors import InjectionError, UsageError
-from deltahub.injection import merge_slot, parameter_of, remove_site, slot_of
+from deltahub.injection import merge_slot, parameter_of, remove_site, remove_span, slot_of
 from deltahub.prompting import unhear
 from deltahub.sites import SITE_PREFIX, Part, Site
 from deltahub.targets import backbone_modules
@@ -181,7 +181,8 @@ class Delta:
                 hint="switch with `deltahub.using`, or enable and disable them",
             )
         for a, b in zip(mine, theirs, strict=True):
-            for one, two in ((a._parameters, b._parameters), (a._buffers, b._buffers)):
+            held: tuple[tuple[Any, Any], ...] = ((a._parameters, b._parameters), (a._buffers, b._buffers))
+            for one, two in held:
                 for name in one:
                     one[name], two[name] = two[name], one[name]
         self.report, other.report = other.report, self.report
@@ -279,6 +280,9 @@ class Delta:
         for part in self.parts:
             for module, site in part.sites:
                 remove_site(module, site)
+            for module, (_, site) in zip(part.sources, part.sites, strict=False):
+                if site.span is not None:
+                    remove_span(module, site.span)
         del home[self.name]
         home.merged.discard(self.name)
         home.agreeing.clear()

@@ -335,6 +335,7 @@ def _inject(model: nn.Module, package: Package, name: str, dtype: torch.dtype | 
             removes=module.removes or (),
             rows=None if module.rows is None else Rows.of(module.rows.numbers),
             stack=module.stack or 0,
+            inputs=module.sources,
         )
         for module in package.manifest.modules
     ]

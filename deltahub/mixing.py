@@ -8,9 +8,9 @@ and output, a thousandth of what its weight costs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +82,7 @@ class _Plan(Protocol):
     prompted: tuple[Any, ...]
     rescored: tuple[Any, ...]
     severed: bool
+    spans: tuple[Any, ...]
     staged: bool
     weighted: tuple[Any, ...]
     wrapped: tuple[Any, ...]
@@ -274,7 +275,7 @@ class _Products:
                 return None
             site = plan.wrapped[0]
             product = low_rank(site.bound.ports["output"]) if "output" in site.bound.ports else None
-            if product is None or site.dropout or site.rows is not None:
+            if product is None or site.dropout or site.rows is not None or site.span is not None:
                 return None
             found.append((site, product))
         return cls(found, switch) if len(found) > 1 else None
@@ -335,13 +336,13 @@ class MixedPlan:
     """
 
     __slots__ = (
-        "_layouts", "_looked", "attended", "members", "path", "plans", "positional", "products", "prompted",
-        "rescored", "rows", "slot", "staged",
+        "_layouts", "_looked", "attended", "idle", "members", "path", "plans", "positional", "products", "prompted",
+        "rescored", "rows", "slot", "spans", "staged",
     )  # fmt: skip
 
     def __init__(self, slot: Any, plans: Sequence[_Plan | None]) -> None:
         self.slot = slot
-        self.path: str = slot.sites[0].path
+        self.path: str = slot.sites[0].path if slot.sites else slot.spans[0].source
         self.rows = len(plans)
         groups: dict[int, list[int]] = {}
         for row, plan in enumerate(plans):
@@ -350,9 +351,11 @@ class MixedPlan:
         self.plans = [plans[rows[0]] for rows in self.members]
         self.staged = all(plan is None or plan.staged for plan in self.plans)
         self.attended = any(plan is not None and plan.attended for plan in self.plans)
+        self.spans = tuple(dict.fromkeys(span for plan in self.plans if plan is not None for span in plan.spans))
         self.prompted = any(plan is not None and plan.prompted for plan in self.plans)
         self.rescored = any(plan is not None and plan.rescored for plan in self.plans)
         acting = [site for plan in self.plans if plan is not None for site in plan.wrapped]
+        self.idle = not any(plan is not None and (plan.weighted or plan.wrapped) for plan in self.plans)
         self.positional = any(site.bound.positional for site in acting)
         self.products: _Products | None = None
         self._looked = False
@@ -389,6 +392,8 @@ class MixedPlan:
             x: its input, rows first.
             together: whether the module has other arguments or outputs, and so only runs over the whole batch.
         """
+        if self.idle:  # it is only where spans begin
+            return call(x)
         if not isinstance(x, Tensor) or not x.ndim:
             raise _refuse("a module whose input is no tensor cannot be mixed", where=self.path, found=type(x).__name__)
         if self.positional and x.ndim < 3:
@@ -400,13 +405,15 @@ class MixedPlan:
         if x.shape[0] == 1 and self.rows > 1 and not together:
             x = x.expand(self.rows, *x.shape[1:])  # what all rows share, such as positions
         layout = self.layout(x.shape[0])
+        held = self._held()
         if self.staged:
-            return self._staged(module, call, x, layout)
+            return self._staged(module, call, x, layout, held)
         parts = layout.split(x)
         whole = _Together(call, layout, x, parts) if together else None
         results = []
         for i, (plan, part) in enumerate(zip(self.plans, parts, strict=True)):
             own = call if whole is None else _Some(whole, i)
+            self._hand(held, i)
             results.append(own(part) if plan is None else plan.run(module, own, part))
         return layout.join(results)
 
@@ -431,7 +438,7 @@ class MixedPlan:
                 weight = weight if one.weight is None else one.weight.expand(rows, -1)
             weights.append(F.pad(weight, (length - own, 0), value=float("-inf")))
         return Extra(
-            key=layout.join(keys), value=layout.join(values), weight=layout.join(weights), placed=(False,) * length
+            key=layout.join(keys), value=layout.join(values), weight=layout.join(weights), placed=((length, False),)
         )
 
     def prompts(self, rows: int) -> Prompts | None:
@@ -454,7 +461,42 @@ class MixedPlan:
         both = zip(self.plans, parts, strict=True)
         return layout.join([part if plan is None else plan.rescore(module, part) for plan, part in both])
 
-    def _staged(self, module: nn.Module, call: Callable[[Any], Any], x: Tensor, layout: Layout) -> Tensor:
+    def _held(self) -> Mapping[Any, Sequence[Tensor]]:
+        """What has come along the spans that end here, group by group."""
+        ending = {
+            site.span for plan in self.plans if plan is not None for site in plan.wrapped if site.span is not None
+        }
+        held = {}
+        for span in ending:
+            x = span.take()
+            x = x.expand(self.rows, *x.shape[1:]) if x.shape[0] == 1 else x
+            held[span] = self.layout(x.shape[0]).split(x)
+        return held
+
+    def _hand(self, held: Mapping[Any, Sequence[Tensor]], group: int) -> None:
+        """Let the plan of a group find its rows of what has come along."""
+        plan = self.plans[group]
+        for site in () if plan is None else plan.wrapped:
+            if site.span is not None:
+                site.span.put(held[site.span][group])
+
+    def _leave(
+        self, group: int, module: nn.Module, call: Callable[[Any], Any], seen: Sequence[Any], y: Tensor, held: Any
+    ) -> Tensor:
+        plan = self.plans[group]
+        if plan is None:
+            return y
+        self._hand(held, group)
+        return cast(Tensor, plan.leave(module, call, seen, y))
+
+    def _staged(
+        self,
+        module: nn.Module,
+        call: Callable[[Any], Any],
+        x: Tensor,
+        layout: Layout,
+        held: Mapping[Any, Sequence[Tensor]],
+    ) -> Tensor:
         """Inputs changed row by row, the module run once, outputs changed row by row."""
         if any("input" in s.bound.ports for p in self.plans if p is not None for s in p.wrapped):
             entered = [
@@ -472,13 +514,8 @@ class MixedPlan:
                 [part] * (0 if plan is None else len(plan.wrapped))
                 for plan, part in zip(self.plans, layout.split(x), strict=True)
             ]
-        parts = layout.split(y)
-        return layout.join(
-            [
-                part if plan is None else plan.leave(module, call, seen, part)
-                for plan, seen, part in zip(self.plans, xs, parts, strict=True)
-            ]
-        )
+        both = zip(xs, layout.split(y), strict=True)
+        return layout.join([self._leave(i, module, call, seen, part, held) for i, (seen, part) in enumerate(both)])
 
     def _products_for(self, y: Tensor) -> _Products | None:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():

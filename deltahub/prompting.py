@@ -313,7 +313,9 @@ class _Reader:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
-        prompts = None if states is None else _acting(self.transformer, states.shape[0])
+        if states is None:
+            return None
+        prompts = _acting(self.transformer, states.shape[0])
         if prompts is None:
             return None
         length = states.shape[1] - prompts.longest

@@ -30,6 +30,7 @@ LAYERS = (
     "merging",
     "attending",
     "prompting",
+    "spanning",
     "mixing",
     "contexts",
     "package",

@@ -98,6 +98,7 @@ class Document:
         identity: whether a fresh one leaves its host as it is: always, never, or when.
         strength: the config number that a user's scale multiplies, or None.
         targets: where an author puts it who names no targets: roles, or whatever else authors may write.
+        inputs: where an author gets what those targets read in place of their own inputs, if not there.
         fold: config values under which it is saved: its tensors are then what its ``kv``, ``past`` or ``prompt`` gives.
         context: what its equations ask of the surroundings.
         config: config values by name.
@@ -115,6 +116,7 @@ class Document:
     identity: bool | When
     strength: str | None
     targets: tuple[str, ...]
+    inputs: tuple[str, ...]
     fold: Mapping[str, object]
     context: tuple[str, ...]
     config: Mapping[str, ConfigField]
@@ -212,7 +214,7 @@ class _Reader:
         if strength is not None and (strength not in self.config or self.config[strength].type != "number"):
             raise top.error("must be the name of a config number", strength, "strength")
         fold = self.fold(equations)
-        targets = self.targets()
+        targets, inputs = self.targets("targets"), self.targets("inputs")
         top.finish()
         self.check_used(equations, identity)
         return Document(
@@ -224,6 +226,7 @@ class _Reader:
             identity=identity if isinstance(identity, bool) else self.when(identity, "identity"),
             strength=strength,
             targets=targets,
+            inputs=inputs,
             fold=MappingProxyType(fold),
             context=self.context,
             config=MappingProxyType(self.config),
@@ -240,11 +243,11 @@ class _Reader:
                 raise self.top.error(f"must be an array of {', '.join(known)}, each once", value, key)
         return tuple(cast("list[str]", values))
 
-    def targets(self) -> tuple[str, ...]:
-        values: list[object] = self.top.take("targets", list, "an array of strings", [])
+    def targets(self, key: str) -> tuple[str, ...]:
+        values: list[object] = self.top.take(key, list, "an array of strings", [])
         for value in values:
             if not isinstance(value, str) or not value or values.count(value) > 1:
-                raise self.top.error("must be an array of strings, each once", value, "targets")
+                raise self.top.error("must be an array of strings, each once", value, key)
         return tuple(cast("list[str]", values))
 
     def fold(self, equations: Mapping[str, object]) -> dict[str, object]:

@@ -160,6 +160,7 @@ class Module(Model):
     version: Annotated[int, Field(ge=1)]
     config: dict[str, Any]
     targets: NonEmpty[Target]
+    inputs: Optional[NonEmpty[Target]] = None
     rows: Optional[RowsEntry] = None
     stack: Optional[Annotated[int, Field(ge=1)]] = None
     removes: Optional[Tuple[Printable]] = None
@@ -172,6 +173,11 @@ class Module(Model):
             TargetError: as :func:`deltahub.targets.expand_all`; never after :meth:`Manifest.parse`.
         """
         return tuple(expand_all(self.targets))
+
+    @cached_property
+    def sources(self) -> tuple[str, ...]:
+        """The exact paths that ``inputs`` stand for, in order; none where the targets read their own."""
+        return tuple(expand_all(self.inputs or ()))
 
 
 class Setting(Model):
@@ -269,16 +275,26 @@ class Manifest(Model):
             if module.name in names:
                 found.append(_twice(("modules", i, "name"), f"two modules are called {module.name!r}"))
             names.add(module.name)
+            member = "targets"
             try:
                 paths = expand_all(module.targets, limit=left, where=f"modules[{i}].targets")
+                left -= len(paths)
+                member = "inputs"
+                sources = expand_all(module.inputs or (), limit=left, where=f"modules[{i}].inputs")
+                left -= len(sources)
             except TargetError as error:
-                place: tuple[Step, ...] = ("modules", i, "targets", *_indices(error.where))
+                place: tuple[Step, ...] = ("modules", i, member, *_indices(error.where))
                 found.append(_problem(place, error))
                 if error.code == "E_TARGET_EXPANSION":
                     break
                 continue
-            left -= len(paths)
-            module.__dict__["paths"] = tuple(paths)
+            module.__dict__ |= {"paths": tuple(paths), "sources": tuple(sources)}
+            if module.inputs and len(sources) != len(paths):
+                what = "inputs and targets stand for different numbers of paths"
+                place = ("modules", i, "inputs")
+                found.append(
+                    Problem(path=place, code="E_MANIFEST_FIELD", what=what, expected=len(paths), found=len(sources))
+                )
         return found
 
     def _file_problems(self) -> list[Problem]:

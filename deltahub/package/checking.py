@@ -61,6 +61,8 @@ def check_kinds(manifest: Manifest, *, where: str) -> tuple[Registry, dict[str, 
             continue
         try:
             config = kind.check_config(module.config)
+            if module.inputs and "block" not in kind.hosts:
+                raise KindError("E_KIND_HOST", f"kind {kind.name!r} cannot act from one module to another")
         except DeltaHubError as error:
             problems.append(_located(error, f"{place}.config"))
             continue
@@ -248,8 +250,9 @@ _STORED: Mapping[str, str] = MappingProxyType(
 
 def _hosts(site: Site, known: Mapping[str, tuple[int, ...]]) -> Iterator[HostShape]:
     """Every sort of host that the kind acts on, with the sizes that the given tensors tell of it."""
-    families = [family for family in ("linear", "embedding", "conv", "norm", "block") if family in site.kind.hosts]
-    rest = sorted(site.kind.hosts.difference(families))
+    hosts = frozenset({"block"}) if site.module.inputs else site.kind.hosts
+    families = [family for family in ("linear", "embedding", "conv", "norm", "block") if family in hosts]
+    rest = sorted(hosts.difference(families))
     for family, (bias, grouped, first) in product(
         [*families, *rest], product((True, False), (False, True), (False, True))
     ):

@@ -10,7 +10,7 @@ const LABEL = /^[a-z][a-z0-9_-]{0,63}$/;
 const FACTS = new Set(["bias", "grouped", "channels_first", "family"]);
 const MEMBERS = {
   kind: "string", version: "bigint", hosts: "object", equations: "object", title: "string", description: "string",
-  reference: "string", identity: null, strength: "string", targets: "object", context: "object", config: "object",
+  reference: "string", identity: null, strength: "string", targets: "object", inputs: "object", context: "object", config: "object",
   tensors: "object", fold: "object", also: "object",
 };
 
