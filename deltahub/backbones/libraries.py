@@ -188,9 +188,17 @@ def class_name(model: nn.Module) -> str | None:
             name = config.get("architecture") if isinstance(config, dict) else None
             return f"{library.name}.{name}" if isinstance(name, str) and name.isidentifier() else None
         bases = tuple(getattr(module, base) for base in library.bases if hasattr(module, base))
-        if issubclass(cls, bases) and cls.__name__ in dir(module) and getattr(module, cls.__name__) is cls:
+        if issubclass(cls, bases) and _public(module, cls.__name__) is cls:
             return f"{library.name}.{cls.__name__}"
     return None
+
+
+def _public(module: object, name: str) -> object:
+    """What a library gives under a name, of its parts that are there; ``dir`` of one would look at all of them."""
+    try:
+        return getattr(module, name, None)
+    except (ImportError, RuntimeError):
+        return None
 
 
 def origin(model: nn.Module) -> str | None:
