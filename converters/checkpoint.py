@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
+
 from deltahub.errors import ConverterError
 from deltahub.tensors import TensorFile, TensorInfo, open_regular, torch_dtype
 
@@ -103,21 +105,26 @@ class Checkpoint(Mapping[str, Stored]):
         """Bytes of a file before its first tensor."""
         return self._starts[file]
 
-    def read(self, file: int, begin: int, size: int) -> bytearray:
-        """Some bytes of a file.
+    def read(self, file: int, begin: int, size: int) -> memoryview:
+        """Some bytes of a file, in memory of their own.
 
         Raises:
             ConverterError: ``E_MERGE_CHECKPOINT`` if the file is shorter than it was when it was opened.
         """
-        data = bytearray(size)
-        view, at = memoryview(data), 0
+        # np.empty and preadv, for a bytearray is filled with zeros first, and pread gives a copy of its own.
+        view, at, descriptor = memoryview(np.empty(size, np.uint8).data), 0, self.descriptor(file)
         while at < size:
-            piece = os.pread(self.descriptor(file), min(size - at, 1 << 24), begin + at)
-            if not piece:
+            piece = view[at : at + (1 << 24)]
+            if hasattr(os, "preadv"):
+                count = os.preadv(descriptor, [piece], begin + at)
+            else:
+                found = os.pread(descriptor, len(piece), begin + at)
+                count = len(found)
+                piece[:count] = found
+            if not count:
                 raise ConverterError("E_MERGE_CHECKPOINT", "the file was cut while it was read", where=self.paths[file])
-            view[at : at + len(piece)] = piece
-            at += len(piece)
-        return data
+            at += count
+        return view
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows of a tensor as stored, in memory of its own; all of it by default. A scalar has no rows."""
