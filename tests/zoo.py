@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltahub import contexts, kinds
+from deltahub import contexts, kinds, prompting
 from deltahub.attending import check_bias, shape_of
 from deltahub.errors import DeltaHubError
 from deltahub.hosts import view_of
@@ -97,6 +97,16 @@ def _attention() -> nn.Module:
     return BertSelfAttention(config)
 
 
+def _transformer() -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=11, hidden_size=6, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8,
+        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertModel(config, add_pooling_layer=False)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Host:
     """A way to make a small module and an input for it."""
@@ -139,6 +149,7 @@ HOSTS = [
     Host(name="layer-norm", make=lambda: nn.LayerNorm(6), input=lambda: torch.randn(2, 3, 6)),
     Host(name="rms-norm", make=lambda: RMSNorm(6), input=lambda: torch.randn(2, 3, 6)),
     Host(name="group-norm", make=lambda: nn.GroupNorm(2, 6), input=lambda: torch.randn(2, 6, 4, 4)),
+    Host(name="transformer", make=_transformer, input=_ids),
     Host(name="self-attention", make=_attention, input=lambda: torch.randn(2, 3, 6)),
     Host(name="block", make=lambda: Block(6), input=lambda: torch.randn(2, 3, 6)),
     Host(
@@ -160,7 +171,7 @@ class Wrapper(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.host(x)
-        return y[0] if isinstance(y, tuple) else y
+        return y if isinstance(y, Tensor) else y[0]
 
 
 def model_of(host: Host, seed: int = 0) -> tuple[nn.Module, Tensor]:
@@ -203,10 +214,13 @@ def fits(name: str, config: Mapping[str, Any], host: Host) -> bool:
     kind = kinds.get(name)
     if kind.document.context and host.grid is None:
         return False
+    if host.name == "transformer" and "transformer" not in kind.hosts:
+        return False  # a block like any other
     module = host.make()
     view = view_of(module)
     try:
         shape = shape_of(module, type(module), kind.hosts, view.shape(module, type(module)))
+        shape = prompting.shape_of(module, type(module), kind.hosts, shape)
         checked = kind.check_config(config)
         kind.fits(shape, checked)
         kind.tensors(checked, shape)
