@@ -28,7 +28,7 @@ _BY_CLASS = (
         "RevisionNotFoundError",
         "E_HUB_REVISION_NOT_FOUND",
         "the repository has no such branch, tag or commit",
-        "a commit that is gone means that history was rewritten, or the repository deleted and made again",
+        "look at the branches and tags on the repository's page",
     ),
     (
         "RemoteEntryNotFoundError",

@@ -7,7 +7,9 @@ __all__ = ["PulledPackage", "pull"]
 import contextlib
 import hashlib
 import os
+import re
 import stat
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -33,6 +35,7 @@ MANIFEST = "delta.json"
 SIGNATURE = "model.sig"
 SIGNATURE_BYTES = 1 << 20
 _WORKERS = 4
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,8 +137,10 @@ def pull(
         client = Client(
             endpoint=check_endpoint(endpoint), token=token, cache=cache_of(cache_dir), offline=local_files_only
         )
-        commit = entry.commit if entry is not None else resolve(client, parsed)
-        found = _pull_hub(client, parsed, commit, policy)
+        asked = entry.commit if entry is not None else parsed.revision or ""
+        with _commits_told_apart(asked):
+            commit = entry.commit if entry is not None else resolve(client, parsed)
+            found = _pull_hub(client, parsed, commit, policy)
     if entry is not None:
         entry.check(found)
     return found
@@ -270,9 +275,27 @@ def resolve(client: Client, source: Source) -> str:
             )
             .resolved
         )
-    if len(commit) not in {40, 64} or set(commit) - set("0123456789abcdef"):
+    if not _COMMIT.fullmatch(commit):
         raise HubError("E_HUB_RESPONSE", "the server's commit is not one", where=where, found=commit)
     return commit
+
+
+@contextlib.contextmanager
+def _commits_told_apart(asked: str) -> Iterator[None]:
+    """A branch that is missing may be a misspelling; a commit that is missing was there once."""
+    try:
+        yield
+    except HubError as error:
+        if error.code != "E_HUB_REVISION_NOT_FOUND" or not _COMMIT.fullmatch(asked):
+            raise
+        raise HubError(
+            "E_HUB_COMMIT_GONE",
+            "the repository does not have this commit any more",
+            where=error.where,
+            expected=asked,
+            found=error.found,
+            hint="history was rewritten, or the repository deleted and made again by anybody; ask its owner first",
+        ) from error
 
 
 def _pull_hub(client: Client, source: Source, commit: str, policy: Policy | None) -> PulledPackage:
@@ -299,7 +322,18 @@ def _pull_hub(client: Client, source: Source, commit: str, policy: Policy | None
 
     def one(item: tuple[str, tuple[int, str]]) -> None:
         name, (size, digest) = item
-        local = fetch(client, source, commit, name, limit=size, size=size)
+        try:
+            local = fetch(client, source, commit, name, limit=size, size=size)
+        except HubError as error:
+            if error.code != "E_HUB_OFFLINE":
+                raise
+            raise HubError(
+                "E_HUB_CACHE_INCOMPLETE",
+                "the cache holds a part of this package only, and requests are switched off",
+                where=where,
+                expected=name,
+                hint="pull once while online, with the same cache",
+            ) from error
         check_file(local, client.cache, size, digest, evict=True)
 
     with ThreadPoolExecutor(min(_WORKERS, len(files) or 1)) as pool:

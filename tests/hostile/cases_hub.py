@@ -206,7 +206,7 @@ def _(room: Room) -> Any:
     return act
 
 
-@case(53, "offline with a partial cache", "E_HUB_OFFLINE")
+@case(53, "offline with a partial cache", "E_HUB_CACHE_INCOMPLETE")
 def _(room: Room) -> Any:
     hub = room.hub()
     found = room.pull(hub)
@@ -250,13 +250,13 @@ def _recreated(room: Room) -> Any:
     return hub, found
 
 
-@case(54, "made again under the same name, pinned", "E_HUB_REVISION_NOT_FOUND")
+@case(54, "made again under the same name, pinned", "E_HUB_COMMIT_GONE")
 def _(room: Room) -> Any:
     hub, found = _recreated(room)
     return room.from_hub(hub, revision=found.commit)
 
 
-@case(54, "made again under the same name, locked", "E_HUB_REVISION_NOT_FOUND")
+@case(54, "made again under the same name, locked", "E_HUB_COMMIT_GONE")
 def _(room: Room) -> Any:
     from deltahub.hub import lock_of
 

@@ -276,7 +276,7 @@ def test_a_commit_that_is_none(remote: Remote) -> None:
 def test_missing_and_private_and_gated(remote: Remote) -> None:
     fails("E_HUB_REPO_NOT_FOUND", lambda: remote.pull("acme/nothing"))
     fails("E_HUB_REVISION_NOT_FOUND", lambda: remote.pull(f"{REPO}@v9"))
-    fails("E_HUB_REVISION_NOT_FOUND", lambda: remote.pull(revision="a" * 40))
+    fails("E_HUB_COMMIT_GONE", lambda: remote.pull(revision="a" * 40))
     remote.hub.create("acme/empty")
     fails("E_HUB_NOT_A_PACKAGE", lambda: remote.pull("acme/empty"))
     remote.hub.commit(REPO, {"delta.safetensors": None})
@@ -296,7 +296,7 @@ def test_a_repository_that_was_deleted_and_made_again(remote: Remote) -> None:
     shutil.rmtree(remote.cache)
     remote.hub.delete(REPO)
     remote.hub.create(REPO, contents(remote.folder))
-    error = fails("E_HUB_REVISION_NOT_FOUND", lambda: remote.pull(revision=found.commit))
+    error = fails("E_HUB_COMMIT_GONE", lambda: remote.pull(revision=found.commit))
     assert "made again" in str(error)
 
 
@@ -344,7 +344,7 @@ def test_offline(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     assert remote.pull(revision=commit).commit == remote.pull().commit == commit
     blob = next(remote.cache.glob("*/snapshots/*/delta.safetensors"))
     blob.unlink()
-    fails("E_HUB_OFFLINE", lambda: remote.pull(revision=commit))  # a partial cache
+    fails("E_HUB_CACHE_INCOMPLETE", lambda: remote.pull(revision=commit))
     fails("E_HUB_OFFLINE", lambda: remote.pull("acme/other"))
     assert remote.hub.log == []
 
