@@ -22,7 +22,8 @@ from deltahub.converters.algebra import combine
 from deltahub.converters.diff import DiffReport, diff
 from deltahub.converters.formats import Converter, convert, export_, formats, import_, sniff
 from deltahub.converters.merge import MergeReport, merge
-from deltahub.converters.packing import PackReport, pack, unpack
+from deltahub.converters.packing import PackReport, pack
+from deltahub.converters.unpacking import unpack
 
 if TYPE_CHECKING:
     from deltahub.converters.onnx import export_onnx

@@ -37,12 +37,12 @@ from deltahub.errors import ConverterError
 from deltahub.tensors import DTYPES, TensorFile
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from deltahub.manifest import Manifest
     from deltahub.package import Package
 
-__all__ = ["PACKED", "PackReport", "pack", "packed", "unpack"]
+__all__ = ["PACKED", "Counterparts", "PackReport", "Piece", "base_of", "carry_rest", "gather_old", "pack", "packed"]
 
 PACKED = "packed.safetensors"
 _SMALL = 1 << 16
@@ -72,7 +72,7 @@ class PackReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Piece:
+class Piece:
     """Some elements of one tensor, flattened."""
 
     name: str
@@ -85,25 +85,25 @@ def packed(path: str | os.PathLike[str]) -> bool:
     return (Path(path) / PACKED).is_file() and (Path(path) / "delta.json").is_file()
 
 
-def _streams(sizes: Mapping[str, int]) -> Iterator[list[_Piece]]:
+def _streams(sizes: Mapping[str, int]) -> Iterator[list[Piece]]:
     """What goes into one stream: small tensors together, large ones in blocks."""
-    small: list[_Piece] = []
+    small: list[Piece] = []
     room = _BLOCK
     for name, size in sizes.items():
         if size >= _SMALL:
             for start in range(0, size, _BLOCK):
-                yield [_Piece(name=name, start=start, stop=min(size, start + _BLOCK))]
+                yield [Piece(name=name, start=start, stop=min(size, start + _BLOCK))]
         elif size:
             if size > room:
                 yield small
                 small, room = [], _BLOCK
-            small.append(_Piece(name=name, start=0, stop=size))
+            small.append(Piece(name=name, start=0, stop=size))
             room -= size
     if small:
         yield small
 
 
-class _Old:
+class Counterparts:
     """The backbone's counterparts of a package's tensors, as flat bit patterns in canonical orientation."""
 
     def __init__(self, manifest: Manifest, base: Base) -> None:
@@ -157,10 +157,10 @@ def pack(
     from deltahub.tensors import write
 
     source = opened(package)
-    base = _base(source.manifest, backbone)
+    base = base_of(source.manifest, backbone)
     names = [name for name in source.names if name not in _probe_names(source)]
     infos = {name: (source.info(name).dtype, source.info(name).shape) for name in names}
-    old = _Old(source.manifest, base)
+    old = Counterparts(source.manifest, base)
     table: list[dict[str, Any]] = []
     streams: dict[str, np.ndarray[Any, Any]] = {}
     coded, coded_bytes, least = 0, 0, 0.0
@@ -173,7 +173,7 @@ def pack(
             dtype = key.split()[0]
             for pieces in _streams(sizes):
                 data = _gather(source, pieces, dtype)
-                words = None if key != dtype else _gather_old(old, pieces, infos)
+                words = None if key != dtype else gather_old(old, pieces, infos)
                 planes, codec = _encode(data, words, dtype)
                 number = len(table)
                 table.append({"codec": codec, "dtype": dtype, "parts": [[p.name, p.start, p.stop] for p in pieces]})
@@ -193,7 +193,7 @@ def pack(
     note = json.dumps({"version": 1, "streams": table, "files": files}, sort_keys=True, separators=(",", ":"))
     with new_folder(out, overwrite=overwrite) as folder:
         digest = write(folder / PACKED, streams, metadata={"packed": note})
-        _carry(source.path, folder, {entry.path for entry in source.manifest.tensor_files})
+        carry_rest(source.path, folder, source.manifest)
     before = sum(entry.size for entry in source.manifest.tensor_files)
     return PackReport(
         folder=Path(out),
@@ -205,7 +205,8 @@ def pack(
     )
 
 
-def _base(manifest: Manifest, backbone: nn.Module | str | os.PathLike[str]) -> Base:
+def base_of(manifest: Manifest, backbone: nn.Module | str | os.PathLike[str]) -> Base:
+    """The backbone, as the class and with the settings that a manifest names."""
     section = manifest.backbone.source
     settings = [one.model_dump() for one in manifest.settings or () if one.on == "config"]
     return Base.of(backbone, class_name=None if section is None else section.class_, settings=settings)
@@ -215,7 +216,7 @@ def _probe_names(source: Package) -> frozenset[str]:
     return frozenset(name for name in source.names if name.startswith(("inputs/", "outputs/")))
 
 
-def _gather(source: Package, pieces: Sequence[_Piece], dtype: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _gather(source: Package, pieces: Sequence[Piece], dtype: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
     import torch
 
     width = DTYPES[dtype] // 8
@@ -226,9 +227,14 @@ def _gather(source: Package, pieces: Sequence[_Piece], dtype: str) -> np.ndarray
     return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
 
 
-def _gather_old(
-    old: _Old, pieces: Sequence[_Piece], infos: Mapping[str, tuple[str, tuple[int, ...]]]
+def gather_old(
+    old: Counterparts, pieces: Sequence[Piece], infos: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """The backbone's counterparts of a stream's pieces, one after another.
+
+    Raises:
+        ConverterError: ``E_PACK_BACKBONE`` where it has none.
+    """
     parts = []
     for piece in pieces:
         words = old.words(piece.name, *infos[piece.name])
@@ -255,147 +261,10 @@ def _encode(
     return egd.encode_planes(data, max(1, DTYPES[dtype] // 8)), "planes"
 
 
-def _carry(source: Path, folder: Path, left_out: set[str]) -> None:
-    """The manifest, the probe, the card with its picture, the signature: as they are."""
-    manifest = json.loads((source / "delta.json").read_text(encoding="utf-8"))
-    listed = [entry["path"] for entry in manifest["files"]]
-    for name in [
-        "delta.json",
-        "README.md",
-        "delta.svg",
-        "model.sig",
-        *(path for path in listed if path not in left_out),
-    ]:
+def carry_rest(source: Path, folder: Path, manifest: Manifest) -> None:
+    """The manifest, the probe, the card, the signature: as they are."""
+    left_out = {entry.path for entry in manifest.tensor_files}
+    listed = [entry.path for entry in manifest.files]
+    for name in ["delta.json", "README.md", "model.sig", *(path for path in listed if path not in left_out)]:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-
-
-def unpack(
-    path: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    backbone: nn.Module | str | os.PathLike[str],
-    overwrite: bool = False,
-) -> Package:
-    """Restore the package, byte for byte.
-
-    Args:
-        path: a packed package.
-        out: the new folder.
-        backbone: what it was made for.
-        overwrite: replace ``out``.
-
-    Raises:
-        ConverterError: ``E_PACK_FORMAT``, ``E_PACK_STREAM``; ``E_PACK_BACKBONE`` where the digests do not come out.
-    """
-    from deltahub.manifest import Manifest
-    from deltahub.package import Package
-
-    place = Path(path)
-    manifest = Manifest.parse((place / "delta.json").read_bytes(), where=str(place / "delta.json"))
-    base = _base(manifest, backbone)
-    try:
-        with TensorFile.open(place / PACKED) as file, new_folder(out, overwrite=overwrite) as folder:
-            note = _note(file)
-            values = _decoded(file, note, _Old(manifest, base), base, manifest)
-            _restore(folder, note["files"], values, manifest)
-            _carry(place, folder, {entry.path for entry in manifest.tensor_files})
-            Package.open(folder).close()
-    finally:
-        base.close()
-    return Package.open(out)
-
-
-def _note(file: TensorFile) -> dict[str, Any]:
-    try:
-        note = json.loads(file.metadata["packed"])
-        fits = note["version"] == 1 and isinstance(note["streams"], list) and isinstance(note["files"], dict)
-        parts = [(str(n), int(a), int(b)) for s in note["streams"] for n, a, b in s["parts"]]
-        fits = fits and all(0 <= a < b for _, a, b in parts)
-    except (KeyError, ValueError, TypeError, RecursionError):
-        fits = False
-    if not fits:
-        raise ConverterError("E_PACK_FORMAT", "this is no packed package, or one of a later version", where=file.path)
-    found: dict[str, Any] = note
-    return found
-
-
-def _decoded(file: TensorFile, note: Mapping[str, Any], old: _Old, base: Base, manifest: Manifest) -> dict[str, Tensor]:
-    """All tensors; how large each is follows from the kinds and the backbone, not from the file."""
-    import torch
-
-    from deltahub.tensors import torch_dtype
-
-    infos = _expected(manifest, base, note)
-    values: dict[str, np.ndarray[Any, Any]] = {}
-    for number, stream in enumerate(note["streams"]):
-        pieces = [_Piece(name=n, start=a, stop=b) for n, a, b in stream["parts"]]
-        unknown = [p.name for p in pieces if p.name not in infos]
-        if unknown or stream["dtype"] not in DTYPES:
-            raise ConverterError("E_PACK_FORMAT", "a stream is of no tensor of the package", where=file.path)
-        width = DTYPES[stream["dtype"]] // 8
-        count = sum(p.stop - p.start for p in pieces)
-        if stream["codec"] == "egd":
-            words = _gather_old(old, pieces, infos)
-            planes = file.data(f"{number}/0"), file.data(f"{number}/1")
-            data = egd.decode(words, *planes, egd.MANTISSA[stream["dtype"]]).view(np.uint8)
-        else:
-            data = egd.decode_planes([file.data(f"{number}/{i}") for i in range(width)], count * width)
-        at = 0
-        for piece in pieces:
-            dtype, shape = infos[piece.name]
-            whole = values.setdefault(piece.name, np.zeros(math.prod(shape) * DTYPES[dtype] // 8, np.uint8))
-            size = (piece.stop - piece.start) * width
-            if piece.stop * width > whole.size:
-                raise ConverterError("E_PACK_FORMAT", "a stream is longer than its tensor", where=piece.name)
-            whole[piece.start * width : piece.start * width + size] = data[at : at + size]
-            at += size
-    return {
-        name: torch.from_numpy(value).view(torch_dtype(infos[name][0])).view(infos[name][1])
-        for name, value in values.items()
-    }
-
-
-def _expected(manifest: Manifest, base: Base, note: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of every tensor: dtypes are those of the streams, shapes those of kind, config and host."""
-    from deltahub.kinds import Registry
-    from deltahub.places import Rows, fitted
-
-    registry = Registry(manifest.kinds or ())
-    dtypes = {name: stream["dtype"] for stream in note["streams"] for name, *_ in stream["parts"]}
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for module in manifest.modules:
-        kind = registry.get(module.kind, module.version)
-        rows = None if module.rows is None else Rows.of(module.rows.numbers)
-        for path in module.paths:
-            host = base.arch.host(path)
-            stack = (host.stack,) if host.stack else ()
-            shape = fitted(host.shape, rows, module.stack or 0, host.stack, path)
-            for tensor, spec in kind.tensors(module.config, shape).items():
-                name = f"{module.name}/{path}/{tensor}"
-                if name in dtypes:
-                    found[name] = (dtypes[name], (*stack, *spec.shape))
-    return found
-
-
-def _restore(folder: Path, files: Mapping[str, Any], values: Mapping[str, Tensor], manifest: Manifest) -> None:
-    """Write the listed files, and compare each with its digest."""
-    from deltahub.tensors import write
-
-    digests = {entry.path: entry.sha256 for entry in manifest.tensor_files}
-    if set(files) != set(digests):
-        raise ConverterError("E_PACK_FORMAT", "the packed files are not those of the manifest", found=list(files))
-    for path, names in files.items():
-        lost = [name for name in names if name not in values]
-        if lost:
-            raise ConverterError("E_PACK_FORMAT", "a tensor is in no stream", where=lost[0])
-        found = write(folder / path, {name: values[name] for name in names})
-        if found.sha256 != digests[path]:
-            raise ConverterError(
-                "E_PACK_BACKBONE",
-                "what comes out is not what was packed",
-                where=path,
-                expected=digests[path],
-                found=found.sha256,
-                hint="this is not the backbone that it was packed against, or the file is damaged",
-            )

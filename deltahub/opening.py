@@ -1,4 +1,4 @@
-"""The loader that users call: packages, and adapters of PEFT, which become packages on the way.
+"""The loader that users call: packages, packed ones, and adapters of PEFT, which become packages on the way.
 
 An adapter says the name of its backbone and nothing that would identify it. What can be checked is checked (every
 tensor lands on a module of the right shape, every target is hit, the scale is told), and what cannot be is said: in a
@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
-from deltahub import loading
-from deltahub.errors import ConverterError, HubError
+from deltahub import limits, loading
+from deltahub.errors import ConverterError, HubError, PackageError
 from deltahub.hub import parse_source
 from deltahub.hub.foreign import fetch_files
+from deltahub.tensors import open_regular
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,6 +36,7 @@ T = TypeVar("T")
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _CONFIG_BYTES, _WEIGHT_BYTES = 4 << 20, 64 << 30
 _NO_PACKAGE = frozenset({"E_HUB_NOT_A_PACKAGE", "E_HUB_OFFLINE"})  # offline, a missing manifest reads like the second
+_NO_FILE = frozenset({"E_HUB_FILE_NOT_FOUND", "E_PACKAGE_MISSING"})  # there is a manifest
 _CLIENT = ("cache_dir", "token", "endpoint", "local_files_only")
 
 
@@ -59,10 +61,10 @@ def _opening(run: Callable[P, T]) -> Callable[P, T]:
             source = Path(source)
         try:
             return run(*((source, *args[1:]) if args else ()), **options)  # type: ignore[arg-type]
-        except HubError as error:
-            if error.code not in _NO_PACKAGE or options.get("policy") or options.get("lock"):
+        except (HubError, PackageError) as error:
+            if error.code not in _NO_PACKAGE | _NO_FILE or options.get("policy") or options.get("lock"):
                 raise  # an adapter has no signature, and no manifest that a lock could name
-            with _adapter(source, dict(options)) as found:
+            with (_packed if error.code in _NO_FILE else _adapter)(source, dict(options)) as found:
                 if found is None:
                     raise
                 return _run(run, found, source, dict(options))
@@ -105,6 +107,35 @@ def _adapter(source: str | os.PathLike[str], options: dict[str, Any]) -> Iterato
     fetch_files(pinned, wanted, revision=None if commit else revision, **client)
     with tempfile.TemporaryDirectory(prefix="deltahub-") as temporary:
         yield _converted(files[CONFIG].parent, Path(temporary) / _name(source), commit, options, client)
+
+
+@contextmanager
+def _packed(source: str | os.PathLike[str], options: dict[str, Any]) -> Iterator[_Found | None]:
+    """A packed package, unpacked into a folder that is gone when the block ends; ``None`` where it is none."""
+    from deltahub.backbones import denoiser_of, resolve
+    from deltahub.converters.packing import PACKED
+    from deltahub.converters.unpacking import unpack
+    from deltahub.manifest import Manifest
+
+    client = {key: options[key] for key in _CLIENT if options.get(key) is not None}
+    wanted = {PACKED: _WEIGHT_BYTES, "delta.json": limits.DEFAULT.manifest_bytes}
+    files, commit = fetch_files(source, wanted, revision=options.get("revision"), **client)
+    if files.keys() != wanted.keys():
+        yield None
+        return
+    with open_regular(files["delta.json"]) as file:
+        manifest = Manifest.parse(file.read(limits.DEFAULT.manifest_bytes + 1) or b"", where=str(files["delta.json"]))
+    if manifest.probe is not None:
+        fetch_files(_pinned(source, commit), {manifest.probe.file: _WEIGHT_BYTES}, **client)
+    given = options.get("backbone")
+    backbone = given if (inner := denoiser_of(given)) is None else inner[1]
+    if backbone is None:
+        section = manifest.backbone.source
+        backbone = resolve({} if section is None else section.model_dump(by_alias=True), **client).folder
+    with tempfile.TemporaryDirectory(prefix="deltahub-") as temporary:
+        out = Path(temporary) / _name(source)
+        unpack(files["delta.json"].parent, out, backbone=backbone).close()
+        yield _Found(folder=files["delta.json"].parent, package=out, backbone=given, commit=commit, notes=())
 
 
 def _pinned(source: str | os.PathLike[str], commit: str) -> str | os.PathLike[str]:

@@ -16,6 +16,7 @@ from deltahub.converters import diff, egd, merge, pack, unpack
 from deltahub.converters.packing import PACKED, packed
 from deltahub.errors import DeltaHubError
 from deltahub.tensors import TensorFile, write
+from deltahub.testing import LoopbackHub
 from tests.converters import tiny
 
 pytest.importorskip("zstandard")
@@ -370,6 +371,26 @@ def test_packed_is_small_and_unpacks_to_the_same_bytes(exact: tuple[Path, Path],
     assert 0 < report.bound <= report.bits < 4
     unpack(tmp_path / "packed", tmp_path / "again", backbone=base)
     assert contents(tmp_path / "again") == contents(package)
+
+
+def test_a_packed_package_is_loaded_as_it_is(exact: tuple[Path, Path], hub: LoopbackHub, tmp_path: Path) -> None:
+    base, package = exact
+    pack(package, tmp_path / "packed", backbone=base)
+    ids = torch.arange(1, 9)[None]
+    hub.create("acme/packed", {file.name: file.read_bytes() for file in (tmp_path / "packed").iterdir()})
+    options: dict[str, Any] = {"endpoint": hub.url, "token": hub.token, "cache_dir": tmp_path / "cache"}
+    models = [
+        deltahub.load(package, backbone=base),
+        deltahub.load(tmp_path / "packed", backbone=base),
+        deltahub.load(tmp_path / "packed", backbone=tiny.load_model("llama", base, dtype=torch.bfloat16)),
+        deltahub.load("acme/packed", backbone=base, **options),
+    ]
+    with torch.no_grad():
+        wanted, *others = (model(ids).logits for model in models)
+    assert all(torch.equal(wanted, one) for one in others)
+    (tmp_path / "packed" / PACKED).unlink()
+    with pytest.raises(DeltaHubError):
+        deltahub.load(tmp_path / "packed", backbone=base)
 
 
 def test_packing_twice_gives_the_same_bytes(exact: tuple[Path, Path], tmp_path: Path) -> None:
