@@ -1,4 +1,4 @@
-"""``kill -9`` at random moments of saving, pushing, pulling and merging; afterwards each target is absent or whole.
+"""``kill -9`` at random moments of all that writes; afterwards each target is absent or whole.
 
 ``python -m tests.crash.driver KILLS`` prints what was found. One warmed process forks a child per attempt, so that a
 kill falls into the work and not into imports; the Hub lives in the process that judges.
@@ -21,7 +21,7 @@ from typing import Any
 __all__ = ["Crashes", "main"]
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKS = ("save", "overwrite", "push", "pull", "merge")
+WORKS = ("save", "overwrite", "push", "pull", "merge", "diff")
 REPO = "acme/delta"
 
 
@@ -39,6 +39,10 @@ def work(name: str, folder: Path, seed: int, hub: dict[str, str]) -> None:
         deltahub.push(package, REPO, endpoint=hub["url"], token=hub["token"])
     elif name == "pull":
         deltahub.pull(REPO, endpoint=hub["url"], token=hub["token"], cache_dir=folder / "cache")
+    elif name == "diff":
+        from deltahub.converters.diff import diff
+
+        diff(folder / "backbone", folder / "tuned", folder / "diff", form="lowrank", rank=2, overwrite=True)
     else:
         from deltahub.converters.merge import merge
 
@@ -67,12 +71,13 @@ def serve(folder: Path, hub: dict[str, str]) -> None:
 
     torch.set_num_threads(1)
     llama().save_pretrained(folder / "backbone")
+    llama(seed=1).save_pretrained(folder / "tuned")
     _MODELS["model"] = LlamaForCausalLM.from_pretrained(folder / "backbone").eval()
     for seed in range(2):
         delta = made(seed)
         delta.save(folder / f"push-{seed}")
         delta.detach()
-    for name in ("push", "pull", "merge"):  # imports and connections are made before anything is forked
+    for name in ("push", "pull", "merge", "diff"):  # imports and connections are made before anything is forked
         work(name, folder, 0, hub)
     from huggingface_hub import close_session
 
@@ -160,7 +165,7 @@ class Crashes:
         from deltahub.hub import pull
         from deltahub.package import Package
 
-        if name in {"save", "overwrite"}:
+        if name in {"save", "overwrite", "diff"}:
             target = self.folder / name
             if not target.exists():
                 return "absent"

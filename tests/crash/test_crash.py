@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import deltahub
-from deltahub.errors import PackageError
+from deltahub.errors import ConverterError, PackageError
 from deltahub.testing import serve_hub
 from tests.crash.driver import Crashes
 
@@ -56,6 +56,24 @@ def test_a_full_disk(small: Path) -> None:
     with pytest.raises(PackageError, match="space") as caught:
         large().save(small / "package")
     assert caught.value.code == "E_PACKAGE_WRITE"
+    assert list(small.iterdir()) == []
+
+
+def test_a_full_disk_under_a_merge_and_a_diff(small: Path, tmp_path: Path) -> None:
+    """One clear error, and nothing of the new folder."""
+    from deltahub.converters import diff, merge
+    from tests.models import llama
+
+    llama().save_pretrained(tmp_path / "base")
+    llama(seed=1).save_pretrained(tmp_path / "tuned")
+    model = llama()
+    deltahub.attach(model, "lora", ["q_proj"], rank=2).save(tmp_path / "package", backbone=tmp_path / "base")
+    with pytest.raises(ConverterError, match="space") as merged:
+        merge(tmp_path / "package", small / "merged", backbone=tmp_path / "base")
+    assert merged.value.code == "E_MERGE_OUTPUT"
+    with pytest.raises(PackageError, match="space") as found:
+        diff(tmp_path / "base", tmp_path / "tuned", small / "diff")
+    assert found.value.code == "E_PACKAGE_WRITE"
     assert list(small.iterdir()) == []
 
 
