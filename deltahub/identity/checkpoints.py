@@ -184,9 +184,12 @@ def place(tensor: Any) -> tuple[object, ...] | None:
     if not tensor.numel() or tensor.layout != torch.strided:
         return None
     try:
-        return (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-    except RuntimeError:  # a wrapper around tensors of its own; whether it can be identified is decided later
+        address = tensor.data_ptr()
+    except RuntimeError:
+        address = 0
+    if not address:  # a wrapper around tensors of its own; whether it can be identified is decided later
         return None
+    return (str(tensor.device), address, tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 def shared(values: Mapping[str, Any]) -> list[list[str]]:

@@ -56,16 +56,6 @@ def _state(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
             found=name,
             hint="load the weights first, or check the backbone by its files",
         )
-    odd = next((n for n, v in state.items() if type(v).__module__.startswith(("torchao.", "bitsandbytes."))), None)
-    if odd is not None:
-        raise IdentityError(
-            "E_IDENTITY_VALUES",
-            "the module was quantised in memory, and the backbone is what its files hold",
-            found=odd,
-            hint="name the files that it was quantised from: backbone=, or do not check it: verify=None",
-        )
-    # What several processes share is put together, by all of them at once.
-    state = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
     declared = set(getattr(model, "all_tied_weights_keys", None) or ())
     ties: dict[str, str] = {}
     for names in shared(state):
@@ -114,6 +104,19 @@ def _saved(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _in_full(state: dict[str, Any]) -> dict[str, Any]:
+    """Tensors of a state dictionary with all their values: what processes share is put together, by all of them."""
+    odd = next((n for n, v in state.items() if type(v).__module__.startswith(("torchao.", "bitsandbytes."))), None)
+    if odd is not None:
+        raise IdentityError(
+            "E_IDENTITY_VALUES",
+            "the module was quantised in memory, and the backbone is what its files hold",
+            found=odd,
+            hint="name the files that it was quantised from: backbone=, or do not check it: verify=None",
+        )
+    return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
+
+
 def _names(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
     """Live name to checkpoint name, of those tensors that were renamed at most."""
     places = {place(value): name for name, value in after.items()}
@@ -149,6 +152,7 @@ def module_checkpoint(module: nn.Module) -> ValueCheckpoint:
     """
     _, model = _inner(module)
     state, ties = _state(model)
+    state = _in_full(state)
     saved = _saved(model, state)
     names = _names(state, saved)
     where = f"{type(model).__module__}.{type(model).__qualname__}"
