@@ -50,6 +50,9 @@ def kind_page(name: str) -> str:
         source.get("description", ""),
     ]
     parts.append(f"Version {source['version']}; on {', '.join(sorted(source['hosts']))}.")
+    if also := kinds.also_called(name):
+        rows = [f"| {library} | {_cell(called)} |" for library, called in also.items()]
+        parts.append("## What others call it\n\n| library | name |\n|---|---|\n" + "\n".join(rows))
     parts.append("## Equations")
     for entry in equation_rows(source["equations"]):
         when = f", where {entry['when']}" if entry["when"] else ""

@@ -70,7 +70,32 @@ def test_kinds() -> None:
     listed = {entry["kind"]: entry for entry in run_json("kinds")}
     assert listed["lora"]["reference"] == "arXiv:2106.09685"
     assert run_json("kinds", "lora")["kind"] == "lora"
-    assert 'kind = "lora"' in run("kinds", "lora").stdout
+    page = run("kinds", "lora").stdout
+    assert page.startswith("lora@1  Low-rank update of a linear map\n")
+    for line in (
+        "  hosts  linear, conv, embedding",
+        "  weight  W + scale * up @ down",
+        "  bias    b + scale * bias   where biased = true",
+        "  down  [rank, in, *kernel]  starts as zeros, else kaiming_uniform",
+        "  rank    integer  at least 1; at most 65536; must be given",
+    ):
+        assert line in page.splitlines(), line
+    assert "opendelta  LoraModel" in page
+    assert listed["lora"]["also"]["peft"].startswith("LoRA")
+
+
+def test_every_kind_has_a_page() -> None:
+    from deltahub import kinds
+
+    for name in kinds.names():
+        page = run("kinds", name).stdout
+        assert all(part in page for part in ("\n  hosts  ", "\nequations\n")), name
+    import tomllib
+
+    also = tomllib.loads((Path(__file__).parents[1] / "spec" / "also.toml").read_text(encoding="utf-8"))
+    assert set(also) <= set(kinds.names())
+    assert "others call miss so" in run("kinds", "MiSSConfig", code=1).stderr
+    assert "others call adapter so" in run("kinds", "houlsby", code=1).stderr
 
 
 def test_an_error_is_text_and_no_traceback() -> None:

@@ -19,6 +19,7 @@ from deltahub.cli import (  # noqa: F401 - each adds its verbs
     doctoring,
     exporting,
     fetching,
+    kinds,
     looking,
     publishing,
     training,

@@ -1,14 +1,12 @@
-"""Looking at things: the kinds, a package, a backbone's identity."""
+"""Looking at things: a package, a backbone, a backbone's identity."""
 
 from __future__ import annotations
 
 __all__: list[str] = []
 
-import json
 import sys
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,39 +22,11 @@ from deltahub.cli.base import (
     SignedBy,
     Token,
     app,
-    as_plain,
     as_table,
     as_text,
     demands,
     show,
 )
-
-
-@app.command()
-def kinds(
-    name: Annotated[str | None, typer.Argument(help="One kind; all of them by default.")] = None, as_json: Json = False
-) -> None:
-    """List the kinds of delta, or show the document of one."""
-    from deltahub import kinds as room
-
-    if name is not None:
-        show(room.get(name).document.source, as_json, _document)
-        return
-    documents = [room.get(known).document for known in room.names()]
-    rows = [
-        {"kind": d.name, "version": d.version, "hosts": sorted(d.hosts), "title": d.title, "reference": d.reference}
-        for d in documents
-    ]
-    show(rows, as_json, lambda r: as_table((d["kind"], ", ".join(d["hosts"]), d["title"]) for d in r))
-
-
-def _document(source: Mapping[str, Any]) -> Iterable[str]:
-    """Outline a kind's document: one line per value, with dots for nesting."""
-    for key, value in source.items():
-        if isinstance(value, Mapping):
-            yield from (f"{key}.{line}" for line in _document(value))
-        else:
-            yield f"{key} = {json.dumps(as_plain(value), ensure_ascii=False)}"
 
 
 @app.command()

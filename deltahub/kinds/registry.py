@@ -12,6 +12,7 @@ from typing import Any
 from deltahub.errors import KindError
 from deltahub.kinds.document import Document
 from deltahub.kinds.kind import Kind
+from deltahub.kinds.naming import known_as
 from deltahub.kinds.ops import nearest
 
 __all__ = ["Registry", "get", "names"]
@@ -60,7 +61,10 @@ class Registry:
         """
         versions = self._own.get(name) or (_built_in(name) if name in _files() else None)
         if versions is None:
-            raise KindError("E_KIND_UNKNOWN", f"unknown kind {name!r}{nearest(name, self.names())}", found=name)
+            called = known_as(name)
+            hint = f"others call {' or '.join(called)} so" if called else None
+            near = nearest(name, self.names())
+            raise KindError("E_KIND_UNKNOWN", f"unknown kind {name!r}{near}", found=name, hint=hint)
         if version is None:
             return versions[max(versions)]
         if version not in versions:
