@@ -37,7 +37,7 @@ class Place:
     linear: str
     norm: str | None
     whole: str | None
-    source: str | None = None
+    source: str
 
 
 # By class of the layer, or of the part of one, that a key names: paths below it.
@@ -75,7 +75,7 @@ def _place(path: str, base: Base) -> Place:
                 linear=f"{root}.{linear}",
                 norm=f"{root}.{norm}" if norm else None,
                 whole=root if whole == "" else None,
-                source=f"{root}.{source}" if source else None,
+                source=f"{root}.{source}" if source else root,
             )
     attention = root.endswith(".attention.output")
     layer = root.removesuffix(".output")
@@ -139,7 +139,9 @@ def _bottleneck(
         gated=bool(config.get("use_gating")),
     )
     if config.get("is_parallel"):
-        raise _unsupported(path, "is_parallel", "it reads the residual, which is no input of the module it is added to")
+        if shape != Shape():
+            raise _unsupported(path, "is_parallel", "beside a norm of its own or a gate")
+        return _parallel(place, config, values)
     where, twice = _host(path, place, config)
     shape = Shape(twice=twice, before=shape.before, after=shape.after, gated=shape.gated)
     if twice and shape.after == "sum":
@@ -169,6 +171,19 @@ def _host(path: str, place: Place, config: Mapping[str, Any]) -> tuple[str, bool
     elif place.whole is not None and ((residual is True and after) or (residual is not True and not after)):
         return place.whole, False
     raise _unsupported(path, "residual_before_ln", "the residual is taken where no module gives it")
+
+
+def _parallel(place: Place, config: Mapping[str, Any], values: Mapping[str, Tensor]) -> Entry:
+    """From what the sublayer's residual is to what the sublayer gives."""
+    tensors = dict(values)
+    scale = float(tensors.pop("scale")) if "scale" in tensors else 1.0
+    tensors = dense(tensors) if "down_rule" in tensors else tensors
+    options = {
+        "activation": activation(config.get("non_linearity")),
+        "scale": scale,
+        "bottleneck": int(tensors["down"].shape[0]),
+    }
+    return Entry(path=place.linear, kind="parallel-adapter", config=options, tensors=tensors, source=place.source)
 
 
 def _entry(where: str, shape: Shape, config: Mapping[str, Any], values: Mapping[str, Tensor]) -> Entry:

@@ -16,7 +16,9 @@ from deltahub.errors import ConverterError, DeltaHubError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from deltahub.converters.architecture import HostModule
     from deltahub.kinds import Kind
+    from deltahub.kinds.host_shape import HostShape
     from deltahub.package import Package
 
 __all__ = ["Entry", "Keys", "entries_of", "grouped", "need_kind", "read_json", "read_tensors", "write_entries"]
@@ -35,6 +37,7 @@ class Entry:
         tensors: by the names of the document.
         group: prefix of the module's name in the manifest.
         document: of a kind that is not built in and travels with the package.
+        source: path of the module whose input it reads, where that is another one.
     """
 
     path: str
@@ -43,6 +46,7 @@ class Entry:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     group: str = ""
     document: Mapping[str, Any] | None = None
+    source: str | None = None
 
     def resolved(self) -> Kind:
         """The kind itself."""
@@ -105,11 +109,10 @@ def grouped(entries: Sequence[Entry]) -> tuple[dict[str, Any], dict[str, Tensor]
     Raises:
         ConverterError: ``E_CONVERT_SITE`` for two of one kind and config at one place.
     """
-    from deltahub.targets import abbreviate
-
     groups: dict[tuple[str, str, str], list[Entry]] = {}
     for entry in entries:
-        key = (entry.group or entry.kind, entry.kind, json.dumps(dict(entry.config), sort_keys=True))
+        config = json.dumps([dict(entry.config), entry.source is None], sort_keys=True)
+        key = (entry.group or entry.kind, entry.kind, config)
         groups.setdefault(key, []).append(entry)
     modules, tensors = [], {}
     taken: set[str] = set()
@@ -128,7 +131,7 @@ def grouped(entries: Sequence[Entry]) -> tuple[dict[str, Any], dict[str, Tensor]
                 "kind": kind,
                 "version": members[0].resolved().version,
                 "config": dict(members[0].config),
-                "targets": abbreviate(paths),
+                **_where(members),
             }
         )
         for entry in members:
@@ -137,15 +140,36 @@ def grouped(entries: Sequence[Entry]) -> tuple[dict[str, Any], dict[str, Tensor]
     return {"modules": modules} | ({"kinds": list(documents.values())} if documents else {}), tensors
 
 
-def _check(entry: Entry, base: Base) -> None:
-    from deltahub.attending import shape_of
+def _where(members: Sequence[Entry]) -> dict[str, list[str]]:
+    """Targets, and where they read another module's input that too, in one order."""
+    from deltahub.targets import abbreviate, expand_all
 
+    found = {"targets": [entry.path for entry in members]}
+    if members[0].source is not None:
+        found["inputs"] = [str(entry.source) for entry in members]
+    short = {name: abbreviate(paths) for name, paths in found.items()}
+    kept = len(found) == 1 or all(expand_all(short[name]) == paths for name, paths in found.items())
+    return short if kept else found
+
+
+def _shape(entry: Entry, host: HostModule, families: frozenset[str], base: Base) -> HostShape:
+    """A host's facts as a kind sees them: a module, an attention, a transformer, or a span between two modules."""
+    from deltahub import attending, prompting, spanning
+
+    module = base.arch.model.get_submodule(entry.path)
+    if entry.source is not None:
+        source = base.arch.host(entry.source).path
+        return spanning.shape_of(base.arch.model.get_submodule(source), module, (source, entry.path))
+    shape = attending.shape_of(module, type(module), families, host.shape)
+    return prompting.shape_of(module, type(module), families, shape)
+
+
+def _check(entry: Entry, base: Base) -> None:
     host = base.arch.host(entry.path)
     kind = entry.resolved()
-    module = base.arch.model.get_submodule(entry.path)
     try:
         config = kind.check_config(entry.config)
-        shape = shape_of(module, type(module), kind.hosts, host.shape)
+        shape = _shape(entry, host, kind.hosts, base)
         kind.fits(shape, config)
         shapes = {name: tuple(tensor.shape) for name, tensor in entry.tensors.items()}
         wanted = kind.tensors(config, shape, known=shapes)

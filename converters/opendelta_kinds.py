@@ -80,14 +80,41 @@ def _adapter(path: str, tensors: dict[str, Tensor], config: Mapping[str, Any], b
 
 
 def _parallel(path: str, tensors: dict[str, Tensor], config: Mapping[str, Any], base: Base, group: str) -> Entry:
-    if base.arch.host(path).shape.family != "block":
+    """From a module's input to its own output; or, of a feed-forward network, to that of its second layer.
+
+    OpenDelta's factor is 1, whatever its configuration says.
+    """
+    found = _adapter(path, tensors, config, base, group)
+    block = base.arch.host(path).shape.family == "block"
+    return Entry(
+        path=path if block else _second(path, base),
+        kind="parallel-adapter",
+        config=found.config,
+        tensors=found.tensors,
+        group=group,
+        source=None if block else path,
+    )
+
+
+def _second(path: str, base: Base) -> str:
+    """The second layer of the feed-forward network whose first one this is."""
+    from deltahub.errors import TargetError
+    from deltahub.roles import targets_of
+
+    modules = {name: module for name, module in base.arch.model.named_modules() if name}
+    try:
+        first, second = (
+            [target.path for target in targets_of(base.arch.model, role, modules)] for role in ("mlp.up", "mlp.down")
+        )
+    except TargetError:
+        first, second = [], []
+    if path not in first or len(first) != len(second):
         raise ConverterError(
             "E_CONVERT_KIND",
             "this parallel adapter begins at one module and ends at another, which the file does not name",
             where=path,
         )
-    found = _adapter(path, tensors, config, base, group)
-    return Entry(path=path, kind="parallel-adapter", config=found.config, tensors=found.tensors, group=group)
+    return second[first.index(path)]
 
 
 def _low_rank(path: str, tensors: dict[str, Tensor], config: Mapping[str, Any], base: Base, group: str) -> Entry:
@@ -136,6 +163,32 @@ def _bitfit(path: str, tensors: dict[str, Tensor], config: Mapping[str, Any], ba
 def _prefix(path: str, tensors: dict[str, Tensor], config: Mapping[str, Any], base: Base, group: str) -> Entry:
     key, value = take(tensors, "past_key", path), take(tensors, "past_value", path)
     return _attended(_attention(path, base), key, value, base)
+
+
+def _prompt(path: str, tensors: dict[str, Tensor], config: Mapping[str, Any], base: Base, group: str) -> Entry:
+    """Embeddings before those of the tokens of a whole model, or of an encoder."""
+    from deltahub.prompting import transformer_of
+
+    embedding = take(tensors, "soft_embeds", path)
+    inside = [
+        name
+        for name, module in base.arch.model.named_modules()
+        if (name == path or name.startswith(f"{path}." if path else "")) and transformer_of(type(module)) is not None
+    ]
+    if not inside:
+        raise ConverterError(
+            "E_CONVERT_TARGET", "no transformer that takes a prompt is here", where=path or "the model"
+        )
+    known = transformer_of(type(base.arch.model.get_submodule(inside[0])))
+    root = type(base.arch.model).__name__
+    if known is not None and known.positions == "counted" and root.endswith("ForSequenceClassification"):
+        raise ConverterError(
+            "E_CONVERT_UNSUPPORTED",
+            "this head reads the first position, which is the prompt's in OpenDelta and the first token's here",
+            where=f"{inside[0]} ({root})",
+        )
+    options = {"length": int(embedding.shape[0])}
+    return Entry(path=inside[0], kind="prompt", config=options, tensors={"embedding": embedding}, group="prompt")
 
 
 def _attended(path: str, key: Tensor, value: Tensor, base: Base) -> Entry:
@@ -246,5 +299,6 @@ READERS: Mapping[str, Reader] = {
     "compacter": _compacter,
     "bitfit": _bitfit,
     "prefix": _prefix,
+    "soft_prompt_layer": _prompt,
 }
 """By the name that a delta has in a key; ``low`` and ``parallel`` are what a third one of a name is called."""
