@@ -248,8 +248,8 @@ def _write(gguf: Any, target: Path, name: str, tensors: Mapping[str, Tensor]) ->
     import secrets
 
     beside = target.with_name(f".{target.name[:64]}.{secrets.token_hex(6)}.part")
+    writer = gguf.GGUFWriter(str(beside), name)
     try:
-        writer = gguf.GGUFWriter(str(beside), name)
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", 0.0)
@@ -263,4 +263,5 @@ def _write(gguf: Any, target: Path, name: str, tensors: Mapping[str, Tensor]) ->
     except OSError as error:
         raise ConverterError("E_MERGE_OUTPUT", f"the file cannot be written: {error}", where=target) from error
     finally:
+        writer.close()
         beside.unlink(missing_ok=True)

@@ -291,6 +291,75 @@ def test_separate_updates_of_modules_that_flux_fuses(tmp_path: Path) -> None:
     assert "to_k" in str(caught.value)
 
 
+class DiffusionPipeline:
+    """What is asked of a live pipeline: its parts by their names, and what its class is called."""
+
+    def __init__(self, **parts: Any) -> None:
+        self.__dict__ |= parts
+
+
+class StableDiffusionXLPipeline(DiffusionPipeline): ...
+
+
+class FluxPipeline(DiffusionPipeline): ...
+
+
+def clip(width: int) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(width)
+    config = CLIPTextConfig(
+        vocab_size=20, hidden_size=width, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, bos_token_id=18, eos_token_id=19, pad_token_id=19,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if width == 16 else CLIPTextModel)(config).eval()
+
+
+def t5() -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).eval()
+
+
+@pytest.mark.parametrize(
+    ("pipe", "labels"),
+    [
+        (
+            lambda: StableDiffusionXLPipeline(unet=sdxl(), text_encoder=clip(8), text_encoder_2=clip(16)),
+            {
+                "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (8, 8),
+                "lora_te2_text_model_encoder_layers_0_mlp_fc1": (16, 8),
+                "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": (64, 64),
+            },
+        ),
+        (
+            lambda: FluxPipeline(transformer=flux(), text_encoder=clip(8), text_encoder_2=t5()),
+            {
+                "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (8, 8),
+                "lora_te3_encoder_block_0_layer_0_SelfAttention_q": (8, 8),
+                "lora_unet_double_blocks_0_img_attn_proj": (32, 32),
+            },
+        ),
+    ],
+    ids=["sdxl", "flux"],
+)
+def test_two_text_encoders(pipe: Any, labels: dict[str, tuple[int, int]], tmp_path: Path) -> None:
+    whole = pipe()
+    tensors: dict[str, Tensor] = {}
+    for label, (inner, outer) in labels.items():
+        tensors[f"{label}.lora_down.weight"] = torch.randn(2, inner)
+        tensors[f"{label}.lora_up.weight"] = torch.randn(outer, 2)
+        tensors[f"{label}.alpha"] = torch.tensor(1.0)
+    save_file(tensors, tmp_path / "whole.safetensors", {"format": "pt"})
+    import_(tmp_path / "whole.safetensors", tmp_path / "packages", backbone=whole)
+    names = {place.name for place in (tmp_path / "packages").iterdir()}
+    assert names == {"text_encoder", "text_encoder_2", "unet" if hasattr(whole, "unet") else "transformer"}
+    packages = bare(tmp_path / "packages", tmp_path / "bare")
+    written = load_file(export_(packages, tmp_path / "again.safetensors", to="kohya", backbone=whole))
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[key], value) for key, value in tensors.items())
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [

@@ -205,3 +205,34 @@ def through(target: str, package: Package, base: Path, place: Path) -> Package:
     options |= {"target": target} if target in engines() else {}
     export_(package, out, to="mlx" if target == "mlx" else "peft", **options)
     return import_(out, place / f"{target} back", backbone=base)
+
+
+@pytest.mark.parametrize("target", ["peft", "mlx", "gguf", "kohya", "diffusers", "import"])
+def test_no_space_leaves_nothing_behind(
+    target: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    package, _ = packaged(base, tmp_path / "p", *MIXED)
+    export_(package, tmp_path / "adapter", to="peft")
+    model = tiny.load_model("llama", base)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if target == "gguf":
+        gguf = pytest.importorskip("gguf")
+        monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    monkeypatch.setattr(os, "fsync", full)
+    before = sorted(tmp_path.rglob("*"))
+    out = tmp_path / ("out.safetensors" if target == "kohya" else "out")
+    needs = {"gguf": base, "kohya": model, "diffusers": model, "import": base}
+    options: dict[str, Any] = {"backbone": needs[target]} if target in needs else {}
+    with pytest.raises(DeltaHubError) as caught:  # noqa: PT012
+        if target == "import":
+            import_(tmp_path / "adapter", out, **options)
+        else:
+            export_(package, out, to=target, **options)
+    assert "No space left" in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
