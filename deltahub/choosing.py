@@ -47,11 +47,16 @@ def choose(model: nn.Module, targets: str | Sequence[str] | Choice, exclude: str
     modules = {path: module for path, module in backbone_modules(model).items() if path}
     wanted = [targets] if isinstance(targets, str) or callable(targets) else list(targets)
     found: set[Target] = set()
+    endings: dict[object, set[Target]] = {}  # what a single name selects, for all of them in one look
+    for path in modules if any(isinstance(target, str) and target.isidentifier() for target in wanted) else ():
+        endings.setdefault(path.rpartition(".")[2], set()).add(Target(path))
     for target in wanted:
         if callable(target):
             found |= {Target(path) for path, module in modules.items() if target(path, module)}
         elif target in modules:
             found.add(Target(target))
+        elif target in endings:
+            found |= endings[target]
         elif target.startswith(ROLE_PREFIX):
             found |= set(targets_of(model, target.removeprefix(ROLE_PREFIX), modules))
         else:

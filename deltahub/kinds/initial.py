@@ -46,7 +46,8 @@ class Draws:
         count, width = math.prod(shape), 2 if dtype.itemsize == 2 else 4
         wide, factor = torch.float64 if dtype == torch.float64 else torch.float32, bound / 2 ** (8 * width - 1)
         if count <= _PIECE:
-            return self._signed(count, width).to(wide).mul_(factor).view(shape).to(dtype)
+            drawn = self._signed(count, width).to(wide).mul_(factor).view(shape)
+            return drawn if dtype is wide else drawn.to(dtype)
         value = torch.empty(count, dtype=dtype)
         for at in range(0, count, _PIECE):
             piece = value[at : at + _PIECE]
@@ -216,7 +217,7 @@ def initial(
             return torch.zeros(spec.shape, dtype=fixed, device=generator.device if device is None else device)
         if spec.init in _BOUNDS:
             value = draws.uniform(spec.shape, _BOUNDS[spec.init](spec.shape, *spec.arguments), fixed)
-            return value if device is None else value.to(device)
+            return value if device is None or value.device == device else value.to(device)
         if spec.init in _FRESH and fixed is torch.get_default_dtype() and device in {None, generator.device}:
             return _DRAWS[spec.init](spec.shape, generator, *spec.arguments)
         with torch.no_grad():
