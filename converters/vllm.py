@@ -53,7 +53,7 @@ def adapter_for(name: str, served: str, *, cache: str | os.PathLike[str] | None 
         raise ConverterError("E_CONVERT_SERVED", "a request may only name a package on the Hub", found=name)
     pulled = hub.pull(name, **client)
     package = Package.open(pulled.path, root=pulled.root)
-    _check_served(package, served, name)
+    _check_served(package, served, name, client)
     key = hashlib.sha256(f"{pulled.sha256} {_exporter()}".encode()).hexdigest()[:32]
     folder = Path(cache or _cache()) / key
     if not (folder / "adapter_config.json").is_file():
@@ -76,32 +76,35 @@ def _cache() -> Path:
     return Path(os.environ.get("DELTAHUB_CACHE") or Path.home() / ".cache" / "deltahub") / "vllm"
 
 
-def _check_served(package: Package, served: str, name: str) -> None:
-    """Compare the declared backbone with the served one: its tensors where they are in a folder, else its name.
+def _check_served(package: Package, served: str, name: str, client: dict[str, Any]) -> None:
+    """Compare the declared backbone with the served one: its tensors where they are on this machine, else its name.
 
     The server has read its weights long ago; this says that they were those of the declared repository, or the very
     files.
     """
     from deltahub import identity
+    from deltahub.backbones import resolve
+    from deltahub.errors import BackboneError
 
     section = package.manifest.backbone
-    folder = Path(served)
-    if folder.is_dir():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ConverterError("E_CONVERT_SERVED", "the served model has no safetensors to compare", found=served)
-        identity.check(section, files=files, level=identity.Level.L3)
-        return
-    declared = section.source.hub if section.source is not None else None
-    if declared != served.partition("@")[0]:
+    source = {} if section.source is None else {"class": section.source.class_}
+    kept = {key: client[key] for key in ("endpoint", "token", "cache_dir") if key in client}
+    try:
+        override = Path(served) if Path(served).is_dir() else served
+        files = resolve(source, override=override, local_files_only=True, **kept)
+    except BackboneError:
+        declared = section.source.hub if section.source is not None else None
+        if not Path(served).is_dir() and declared == served.partition("@")[0]:
+            return
         raise ConverterError(
             "E_CONVERT_SERVED",
-            "the package is for another backbone than the one that is served",
+            "the package is for another backbone than the one that is served, or its tensors cannot be compared",
             where=name,
             expected=declared or "a backbone that has no name on the Hub",
             found=served,
-            hint="serve the backbone from a folder, whose tensors can be compared",
-        )
+            hint="serve the backbone from a folder of safetensors, or by the name that the package says",
+        ) from None
+    identity.check(section, files=list(files.files), level=identity.Level.L3)
 
 
 def register() -> None:

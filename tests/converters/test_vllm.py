@@ -52,6 +52,22 @@ def test_an_adapter_is_made_once_and_checked(published: dict[str, Any], tmp_path
     assert plugin.adapter_for("user/lora", str(tmp_path / "base"), cache=tmp_path / "adapters", **published) == folder
 
 
+def test_a_copy_under_another_name_is_known_by_its_tensors(published: dict[str, Any], tmp_path: Path) -> None:
+    """The server has the model in its cache; what is in there is compared, whatever it is called."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    api = HfApi(endpoint=published["endpoint"], token=published["token"])
+    tiny.make_model("llama", 7).save_pretrained(tmp_path / "other")
+    for repo, folder in (("me/copy", tmp_path / "base"), ("me/else", tmp_path / "other")):
+        api.create_repo(repo)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+        snapshot_download(repo, **published)
+    assert plugin.adapter_for("user/lora", "me/copy", cache=tmp_path / "adapters", **published).is_dir()
+    with pytest.raises(DeltaHubError) as caught:
+        plugin.adapter_for("user/lora", "me/else", cache=tmp_path / "adapters", **published)
+    assert caught.value.code == "E_BACKBONE_MISMATCH"
+
+
 @pytest.mark.parametrize(
     ("name", "served", "code"),
     [
