@@ -5,6 +5,7 @@
 #   make conformance the vectors of the specification, for this library and for the second loader
 #   make hostile inputs made to harm: cases, passed, time
 #   make crash   kill -9 at 200 random moments of saving, pushing, pulling, merging
+#   make peers   the real library of AdapterHub, in an environment of its own, beside our import and export
 #   make docs    the documentation, into build/site; a warning is an error
 #   make fuzz    coverage-guided fuzzing of every parser, SECONDS=300 each (installs atheris)
 #   make bench   measurements; they fail only when they cannot run
@@ -28,7 +29,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv demo test lint types quick conformance hostile crash fuzz docs bench clean
+.PHONY: help venv demo test lint types quick conformance hostile crash fuzz peers docs bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -77,8 +78,13 @@ fuzz: venv
 	$(PIP) install atheris
 	$(PY) -m fuzz $(SECONDS)
 
+PEERS ?= build/peers
+peers: venv
+	test -x $(PEERS)/bin/python || $(PY) -m venv $(PEERS)
+	$(PEERS)/bin/pip --disable-pip-version-check --quiet install adapters==1.3.0
+	$(PY) -m tests.peers $(PEERS)/bin/python
+
 docs: venv
-	$(PIP) install --constraint constraints.txt mkdocs-material
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 bench: venv

@@ -1,8 +1,18 @@
-"""Pages that are drawn from the data: one for each kind, the error codes, and the specification."""
+"""Pages that are drawn from the data: the kinds, the error codes, the specification, the reference, the benchmarks."""
 
 from __future__ import annotations
 
-__all__ = ["error_page", "kind_page", "kinds_page", "on_files", "spec_page"]
+__all__ = [
+    "benchmark_page",
+    "error_page",
+    "kind_page",
+    "kinds_page",
+    "on_files",
+    "on_page_content",
+    "plot",
+    "reference_page",
+    "spec_page",
+]
 
 import json
 import re
@@ -13,7 +23,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+from plots import benchmark_files, benchmark_page, plot  # noqa: E402
+from reference import reference_page  # noqa: E402
 
 from deltahub import kinds  # noqa: E402
 from deltahub.explorer.equations import equation_rows  # noqa: E402
@@ -25,9 +38,15 @@ def on_files(files: Any, config: Any) -> Any:
 
     pages = {"errors.md": error_page(), "spec.md": spec_page(), "kinds/index.md": kinds_page()}
     pages |= {f"kinds/{name}.md": kind_page(name) for name in kinds.names()}
+    pages |= {"reference.md": reference_page(), **benchmark_files()}
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings are written for Sphinx's roles too; here a name in code says enough."""
+    return re.sub(r":(?:py:)?(?:class|func|meth|mod|attr|data|exc):(?=<code)", "", html)
 
 
 def kinds_page() -> str:

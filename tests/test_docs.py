@@ -82,8 +82,37 @@ def test_pages_are_drawn_from_the_data() -> None:
     assert "(spec/" not in pages.spec_page()
 
 
+def test_every_public_name_is_in_the_reference() -> None:
+    import deltahub
+
+    page = drawn().reference_page()
+    for name in set(deltahub.__all__) - {"__version__", "converters"}:
+        assert f"      heading: {name}\n" in page, name
+    listed = [line for line in page.splitlines() if line.startswith("::: ")]
+    assert len(set(listed)) == len(listed) > 60
+
+
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="needs matplotlib, of the extra docs")
+def test_benchmarks_are_drawn_from_what_was_measured() -> None:
+    import json
+    import xml.etree.ElementTree as ET
+
+    pages = drawn()
+    rows = [{"contestant": "floor: nothing", "cpu_ms": 0.01}, {"contestant": "deltahub.load", "cpu_ms": 20.0}]
+    picture = pages.plot(rows)
+    assert ET.fromstring(picture).tag.endswith("svg")
+    assert "deltahub.load" in picture
+    assert pages.plot(rows) == picture
+    page = pages.benchmark_page()
+    for path in (ROOT / "benchmarks" / "out").glob("*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert all(goal["goal"].replace("|", "/") in page for goal in result.get("goals", ())), path.stem
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not (find_spec("mkdocs") and find_spec("material")), reason="needs mkdocs-material on this machine")
+@pytest.mark.skipif(
+    not all(map(find_spec, ("mkdocs", "material", "mkdocstrings", "matplotlib"))), reason="needs the extra docs"
+)
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -92,3 +121,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     html = (tmp_path / "site" / "kinds" / "lora" / "index.html").read_text(encoding="utf-8")
     assert "<math" in html
     assert (tmp_path / "site" / "tutorials" / "explore" / "index.html").is_file()
+    assert (tmp_path / "site" / "benchmarks" / "load-0.svg").is_file()
+    reference = (tmp_path / "site" / "reference" / "index.html").read_text(encoding="utf-8")
+    assert "Attach a fresh delta" in reference
+    assert ":class:" not in reference
