@@ -22,6 +22,7 @@ __all__ = [
     "activate",
     "active_names",
     "check_conflicts",
+    "check_together",
     "deltas",
     "freeze",
     "registry",

@@ -227,11 +227,15 @@ def _maps(weight: Tensor | None, bias: Tensor | None) -> nn.Module:
     """A module that uses a stack of linear maps by itself, each for an input of its own."""
     from torch import nn
 
+    assert weight is not None
+    assert bias is not None
+    maps, shifts = nn.Parameter(weight), nn.Parameter(bias)
+
     class Maps(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.maps = nn.Parameter(weight)
-            self.maps_bias = nn.Parameter(bias)
+            self.maps = maps
+            self.maps_bias = shifts
 
         def forward(self, x: Tensor) -> Tensor:
             return x @ self.maps.mT + self.maps_bias.unsqueeze(1)

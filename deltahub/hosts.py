@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from deltahub.errors import HostError
 from deltahub.kinds.host_shape import HostShape
+from deltahub.sharing import whole
 
 __all__ = [
     "BLOCK",
@@ -30,12 +31,8 @@ __all__ = [
     "QUANTISED",
     "View",
     "block_width",
-    "replicated",
     "shadow_of",
-    "sharded_as",
-    "shared",
     "view_of",
-    "whole",
 ]
 
 _CONV1D_NAMES = frozenset({"transformers.pytorch_utils.Conv1D"})
@@ -63,34 +60,6 @@ def shadow_of(module: nn.Module, base: type[nn.Module], parameters: Mapping[str,
     state["_parameters"] = {**module._parameters, **parameters}
     shadow.__dict__.update(state)
     return shadow
-
-
-def shared(value: Any) -> bool:
-    """Whether several processes share a tensor: whether it is a ``DTensor``."""
-    return type(value) is not Tensor and hasattr(value, "full_tensor")
-
-
-def whole(value: Tensor) -> Tensor:
-    """All of a tensor that several processes share; any other one as it is. Gradients flow back."""
-    return cast(Tensor, value.full_tensor()) if shared(value) else value  # type: ignore[attr-defined]
-
-
-def sharded_as(value: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process has all of, shared among them as another one is."""
-    if not shared(like):
-        return value
-    there: Any = replicated(value, like)
-    return cast(Tensor, there.redistribute(placements=cast(Any, like).placements))
-
-
-def replicated(value: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process has all of, said to be so where another one is shared."""
-    if shared(value) or not shared(like):
-        return value
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = cast(Any, like).device_mesh
-    return cast(Tensor, DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False))
 
 
 class View:
@@ -185,10 +154,9 @@ class _LinearView(View):
 
 
 class _QuantisedView(_LinearView):
-    """A linear layer whose weight is kept in eight or four bits, by torchao or bitsandbytes.
+    """A linear layer whose weight is kept in a few bits, by torchao or bitsandbytes.
 
-    It computes with its weight as it is. What a delta asks of the weight itself is answered by the numbers that the
-    bits stand for, made anew each time; nothing is written back.
+    It computes with them as they are; what a delta asks of the weight is answered by the numbers that they stand for.
     """
 
     name = "QUANTISED"
@@ -208,9 +176,9 @@ class _QuantisedView(_LinearView):
     def like(self, module: nn.Module) -> Tensor:
         linear = cast(nn.Linear, module)
         state = getattr(linear.weight, "quant_state", None)
-        dtype = linear.weight.dtype if state is None else state.dtype
+        dtype: torch.dtype = linear.weight.dtype if state is None else state.dtype
         if not dtype.is_floating_point:
-            dtype = torch.float32 if linear.bias is None else linear.bias.dtype
+            dtype = torch.float32 if linear._parameters.get("bias") is None else linear.bias.dtype
         return torch.empty(0, dtype=dtype, device=linear.weight.device)
 
     def apply(self, module: nn.Module, base: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -228,23 +196,23 @@ def _numbers_of(linear: nn.Linear) -> Tensor:
     """The weight that a quantised one stands for."""
     weight: Any = linear.weight.detach()
     if type(linear.weight).__module__.startswith("torchao."):
-        return cast(Tensor, weight.dequantize())
+        found: Tensor = weight.dequantize()
+        return found
     state = getattr(linear.weight, "quant_state", None)
     if state is not None:
         from bitsandbytes.functional import dequantize_4bit
 
-        return cast(Tensor, dequantize_4bit(weight.data, state))
+        return dequantize_4bit(weight.data, state)
     scale = getattr(linear.weight, "SCB", None)  # moved into the module's state by its first run
     scale = cast(Any, linear).state.SCB if scale is None else scale
     if scale is None:
+        what = "the weight of this module is not quantised yet, or not in a way that is known"
         raise HostError(
-            "E_HOST_QUANTISED",
-            "the weight of this module is not quantised yet, or not in a way that is known",
-            where=type(linear).__name__,
-            hint="move the model to its device first",
+            "E_HOST_QUANTISED", what, where=type(linear).__name__, hint="move the model to its device first"
         )
-    dtype = torch.float32 if linear.bias is None else linear.bias.dtype
-    return (weight.data.float() * scale.float()[:, None] / _INT8).to(dtype)
+    dtype = torch.float32 if linear._parameters.get("bias") is None else linear.bias.dtype
+    made: Tensor = (weight.data.float() * scale.float()[:, None] / _INT8).to(dtype)
+    return made
 
 
 class _Conv1DView(_LinearView):

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from deltahub.attending import attending, attention_of
 from deltahub.contexts import CARRIED, Block, block_of
 from deltahub.errors import HostError, InjectionError
-from deltahub.hosts import BLOCK, QUANTISED, View, sharded_as, shared
+from deltahub.hosts import BLOCK, QUANTISED, View
 from deltahub.mixing import MixedPlan
 from deltahub.places import ParameterView
 from deltahub.prompting import Prompted, transformer_of
+from deltahub.sharing import sharded_as, shared
 from deltahub.sites import Plan, Site, Slot, Switch
 from deltahub.spanning import Span
 
@@ -65,9 +66,12 @@ def hosted(base: Any) -> type[nn.Module]:
             return plan.run(self, functools.partial(original, runs), x)
         if block is not None and _severed(plan):
             _check_heeded(block, dict(zip(names, rest, strict=False)) | kwargs if rest else kwargs, x)
-        run = attend if attend is not None and (plan.attended or plan.rescored) else original
         if transformer is not None:
-            run = Prompted(original, transformer, names, plan, whole=self._deltahub.read or "labels" in context)
+            run: Callable[..., Any] = Prompted(
+                original, transformer, names, plan, whole=self._deltahub.read or "labels" in context
+            )
+        else:
+            run = original if attend is None else _attending(plan, original, attend)
         return _run_block(plan, self, x, _Body(runs, run, rest, kwargs, context))
 
     namespace = {
@@ -83,6 +87,23 @@ def hosted(base: Any) -> type[nn.Module]:
         "__doc__": base.__doc__,
     }
     return type(base.__name__, (base,), namespace)
+
+
+def _attending(plan: Plan | MixedPlan, original: Callable[..., Any], attend: Callable[..., Any]) -> Callable[..., Any]:
+    """How an attention runs: as it is, or with our look-up of its function."""
+    if not plan.attended and not plan.rescored:
+        return original
+    return functools.partial(_seen, attend) if plan.sees else attend
+
+
+def _seen(attend: Callable[..., Any], module: Any, value: Any, *rest: Any, **kwargs: Any) -> Any:
+    """An attention whose further keys and values come out of its input."""
+    seen = module._deltahub.seen
+    seen.x = value
+    try:
+        return attend(module, value, *rest, **kwargs)
+    finally:
+        seen.x = None
 
 
 def _context(self: nn.Module, name: str) -> Any:

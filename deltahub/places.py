@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from deltahub.errors import HostError
-from deltahub.hosts import View, shadow_of, sharded_as, view_of, whole
+from deltahub.hosts import View, shadow_of, view_of
 from deltahub.kinds.host_shape import HostShape
+from deltahub.sharing import sharded_as, whole
 
 __all__ = ["ParameterView", "Place", "Rows", "fitted", "overlap", "parameters_of", "place_of", "with_parameters"]
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from deltahub import identity
 from deltahub.backbones import BackboneFiles, changed_settings, describe, origin, pipeline_of, resolve
 from deltahub.errors import InjectionError, UsageError
-from deltahub.hosts import shared, whole
 from deltahub.injection import slot_of
 from deltahub.manifest import Backbone, Setting
 from deltahub.package import Package, Probe, write
 from deltahub.prompting import embedding_of
+from deltahub.sharing import shared, whole
 from deltahub.sites import Part, Site
 from deltahub.targets import abbreviate, expand_all
 
@@ -157,7 +157,7 @@ def _stored(part: Part, site: Site) -> Mapping[str, Tensor]:
         return own
     port = next(p for p in ("kv", "past", "prompt") if p in site.bound.ports)
     with torch.no_grad():
-        value = site.bound.ports[port].fn(None, *site.tensors())
+        value = site.bound.ports[port].fn(None, *((None,) if port != "prompt" else ()), *site.tensors())
     names = part.kind.tensors(folded, site.bound.shape)
     return dict(zip(names, (value,) if port == "prompt" else value.unbind(), strict=True))
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from deltahub.attending import Extra, joined
 from deltahub.errors import HostError, KindError
-from deltahub.hosts import View, replicated, sharded_as, shared, view_of, whole
+from deltahub.hosts import View, view_of
 from deltahub.merging import Change, Merging, at_once, blend, stored_transposed
 from deltahub.mixing import MixedPlan, is_mixed, looks_along, low_rank, rows_of
 from deltahub.places import ParameterView, Rows, with_parameters
 from deltahub.prompting import Prompts, embeddings_before
-from deltahub.spanning import Span
+from deltahub.sharing import replicated, sharded_as, shared, whole
+from deltahub.spanning import Held, Span
 from deltahub.switching import Switch
 from deltahub.targets import SITE_PREFIX
 
@@ -33,6 +34,7 @@ __all__ = ["SITE_PREFIX", "Bound", "Caller", "Part", "Plan", "Site", "Slot", "Sw
 
 _LIVE = ("input", "output", "replace")
 _MERGED = ("weight", "bias")
+_FURTHER = frozenset({"kv", "past"})
 
 
 _KEPT_STRENGTHS = 16
@@ -238,6 +240,7 @@ class Plan:
         weighted: sites that change the module's weight or bias before it is applied, in order.
         wrapped: sites whose live equations wrap the result, innermost first.
         attended: sites that give attention further keys and values.
+        sees: whether one of them looks at the attention's input.
         rescored: sites that change what attention adds to its scores.
         prompted: sites that give a transformer embeddings before those of its tokens.
         staged: whether the module runs exactly once, as it is, between equations of its input and of its output.
@@ -246,7 +249,7 @@ class Plan:
     """
 
     __slots__ = (
-        "attended", "inside", "plain", "prompted", "rescored", "severed", "slot", "spans", "staged", "weighted",
+        "attended", "inside", "plain", "prompted", "rescored", "sees", "severed", "slot", "spans", "staged", "weighted",
         "wrapped",
     )  # fmt: skip
 
@@ -269,7 +272,8 @@ class Plan:
         self.wrapped = (*dual[count:], *(s for s in sites if not s.bound.mergeable))
         self.severed = any(s.bound.severs for s in self.wrapped)
         self.plain = count == 0 and all(set(s.bound.ports) & set(_LIVE) == {"output"} for s in self.wrapped)
-        self.attended = tuple(s for s in self.wrapped if {"kv", "past"} & set(s.bound.ports))
+        self.attended = tuple(s for s in self.wrapped if _FURTHER & set(s.bound.ports))
+        self.sees = any("x" in port.uses for s in self.attended for p, port in s.bound.ports.items() if p in _FURTHER)
         self.rescored = tuple(s for s in self.wrapped if "scores" in s.bound.ports)
         self.prompted = tuple(s for s in self.wrapped if "prompt" in s.bound.ports)
         self.staged = count == 0 and not any("replace" in s.bound.ports for s in self.wrapped)
@@ -339,9 +343,9 @@ class Plan:
                 y = self.output(site, module, call, x, y)
         return y
 
-    def further(self, module: nn.Module, key: Tensor) -> Extra | None:
+    def further(self, module: nn.Module, key: Tensor, x: Tensor | None) -> Extra | None:
         """What an attention attends to besides its own keys."""
-        return joined(self.attended, self.slot.switch.strength, module, key) if self.attended else None
+        return joined(self.attended, self.slot.switch.strength, module, key, x) if self.attended else None
 
     def prompt(self) -> Tensor | None:
         """What stands before a transformer's tokens."""
@@ -465,6 +469,8 @@ class Slot:
         self.plans: dict[str, Plan | MixedPlan | None] = {}
         self.kept: dict[str, Tensor | None] | None = None
         """The module's own weight and bias while deltas are merged into it."""
+        self.seen = Held()
+        """The input of an attention while it runs."""
         self.read = False
         """Whether another module attends to what a transformer gives, so that a prompt's positions stay in it."""
 

@@ -25,6 +25,7 @@ LAYERS = (
     "manifest",
     "identity",
     "kinds",
+    "sharing",
     "hosts",
     "places",
     "merging",
