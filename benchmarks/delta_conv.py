@@ -114,7 +114,7 @@ def model_table() -> list[str]:
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     for preset in costs.MODELS:
-        kernels = {name: int(config["kernel"]) for name, _, config in presets.get(preset).parts}  # type: ignore[call-overload]
+        kernels = {part.name: int(part.config["kernel"]) for part in presets.get(preset).parts}  # type: ignore[call-overload]
         for side in (512, 1024, 2048, 4096):
             a, linear, b = (v / 1e9 for v in costs.whole_model(preset, kernels, side, side))
             lines.append(

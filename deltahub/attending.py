@@ -31,6 +31,8 @@ __all__ = ["Attention", "Extra", "attending", "attention_of", "check_bias", "joi
 
 _LOOKUP = "ALL_ATTENTION_FUNCTIONS"
 """The name under which modelling code of transformers looks its attention function up."""
+_PLAIN = 3
+"""Axes of keys and values that all rows share."""
 _HEEDED = (None, "eager", "sdpa")
 """Attention functions that take a mask for every key."""
 
@@ -126,7 +128,7 @@ class _Lookup:
 
         def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
             plan = module._deltahub.plan()
-            extra = plan.further(module, key)
+            extra = plan.further(module, key, module._deltahub.seen.x if plan.sees else None)
             if plan.rescored:
                 kwargs["position_bias"] = plan.rescore(module, kwargs["position_bias"])
             if extra is None:
@@ -152,13 +154,14 @@ class Extra:
         key: ``[1 or rows, heads, length, size]``.
         value: the same.
         weight: ``[1 or rows, length]``: logarithm of what attention to each counts for; ``None`` for 0 throughout.
-        placed: which have a position: they stand before the tokens, next to them and in this order.
+        placed: how many at a time have a position, or have none: those that do stand before the tokens, next to them
+            and in this order.
     """
 
     key: Tensor
     value: Tensor
     weight: Tensor | None
-    placed: tuple[bool, ...]
+    placed: tuple[tuple[int, bool], ...]
 
 
 def _with(
@@ -192,14 +195,15 @@ def _with(
 
 def _positions(extra: Extra, module: Any, bias: Tensor) -> Tensor:
     """The bias of positions with columns for further keys: zero, or of where they stand."""
-    count, (queries, own) = sum(extra.placed), bias.shape[-2:]
-    if not count:
-        return F.pad(bias, (len(extra.placed), 0))
+    if not any(has for _, has in extra.placed):
+        return F.pad(bias, (extra.key.shape[2], 0))
+    placed = [has for length, has in extra.placed for _ in range(length)]
+    count, (queries, own) = sum(placed), bias.shape[-2:]
     # The attention's own table, asked for tokens that stand behind the further keys.
     whole = module.compute_bias(queries, count + own, device=bias.device, past_seen_tokens=count + own - queries)
     before = whole[..., :count].to(bias.dtype)
-    columns = bias.new_zeros(*before.shape[:-1], len(extra.placed))
-    columns[..., torch.tensor(extra.placed, device=bias.device)] = before
+    columns = bias.new_zeros(*before.shape[:-1], len(placed))
+    columns[..., torch.tensor(placed, device=bias.device)] = before
     return torch.cat([columns.expand(bias.shape[0], -1, -1, -1), bias], -1)
 
 
@@ -211,7 +215,9 @@ class _Site(Protocol):
     def tensors(self) -> list[Tensor]: ...
 
 
-def joined(sites: Sequence[_Site], strength: Mapping[str, float], module: nn.Module, key: Tensor) -> Extra | None:
+def joined(
+    sites: Sequence[_Site], strength: Mapping[str, float], module: nn.Module, key: Tensor, x: Tensor | None
+) -> Extra | None:
     """The keys and values of several sites, those of a later one before those of an earlier.
 
     A strength s multiplies what attention to them counts for, so that 0 is the backbone.
@@ -221,12 +227,13 @@ def joined(sites: Sequence[_Site], strength: Mapping[str, float], module: nn.Mod
         strength: the user's scale of each delta.
         module: the host.
         key: its own keys, ``[rows, heads, tokens, size]``.
+        x: its input, ``[rows, tokens, width]``, where an equation sees it.
 
     Raises:
         HostError: ``E_HOST_ATTENTION`` for a negative strength.
     """
     keys, values, weights = [], [], []
-    placed: list[bool] = []
+    placed: list[tuple[int, bool]] = []
     heads, size = key.shape[1], key.shape[3]
     for site in reversed(sites):
         s = strength.get(site.delta, 1.0)
@@ -236,15 +243,17 @@ def joined(sites: Sequence[_Site], strength: Mapping[str, float], module: nn.Mod
             raise HostError("E_HOST_ATTENTION", "a prefix cannot be scaled by less than 0", where=site.path, found=s)
         tensors = [t.to(key.dtype) if t.is_floating_point() else t for t in site.tensors()]
         ports = site.bound.ports
-        kv = ports["past" if "past" in ports else "kv"].fn(module, *tensors)
-        both = kv.reshape(2, 1, -1, heads, size).transpose(2, 3)
+        kv = ports["past" if "past" in ports else "kv"].fn(module, x, *tensors)
+        both = kv.reshape(2, *(kv.shape[1:2] if kv.ndim > _PLAIN else (1,)), -1, heads, size).transpose(2, 3)
         keys.append(both[0])
         values.append(both[1])
-        placed += ["past" in ports] * both.shape[3]
+        placed.append((both.shape[3], "past" in ports))  # the length may be symbolic: it is not counted out here
         weights.append((both.shape[3], math.log(s)))
     if not keys:
         return None
     weight = None
     if any(log for _, log in weights):
         weight = torch.cat([key.new_full((1, n), log) for n, log in weights], -1)
+    rows = max(part.shape[0] for part in keys)
+    keys, values = ([part.expand(rows, -1, -1, -1) for part in parts] for parts in (keys, values))
     return Extra(key=torch.cat(keys, 2), value=torch.cat(values, 2), weight=weight, placed=tuple(placed))

@@ -80,6 +80,7 @@ class _Plan(Protocol):
 
     attended: tuple[Any, ...]
     prompted: tuple[Any, ...]
+    sees: bool
     rescored: tuple[Any, ...]
     severed: bool
     spans: tuple[Any, ...]
@@ -90,7 +91,7 @@ class _Plan(Protocol):
     def enter(self, module: nn.Module, call: Callable[[Any], Any], x: Any) -> tuple[list[Any], Any]: ...
     def leave(self, module: nn.Module, call: Callable[[Any], Any], xs: Sequence[Any], y: Any) -> Any: ...
     def run(self, module: nn.Module, call: Callable[[Any], Any], x: Any) -> Any: ...
-    def further(self, module: nn.Module, key: Tensor) -> Extra | None: ...
+    def further(self, module: nn.Module, key: Tensor, x: Tensor | None) -> Extra | None: ...
     def prompt(self) -> Tensor | None: ...
     def rescore(self, module: nn.Module, scores: Tensor) -> Tensor: ...
 
@@ -337,7 +338,7 @@ class MixedPlan:
 
     __slots__ = (
         "_layouts", "_looked", "attended", "idle", "members", "path", "plans", "positional", "products", "prompted",
-        "rescored", "rows", "slot", "spans", "staged",
+        "rescored", "rows", "sees", "slot", "spans", "staged",
     )  # fmt: skip
 
     def __init__(self, slot: Any, plans: Sequence[_Plan | None]) -> None:
@@ -352,6 +353,7 @@ class MixedPlan:
         self.staged = all(plan is None or plan.staged for plan in self.plans)
         self.attended = any(plan is not None and plan.attended for plan in self.plans)
         self.spans = tuple(dict.fromkeys(span for plan in self.plans if plan is not None for span in plan.spans))
+        self.sees = any(plan is not None and plan.sees for plan in self.plans)
         self.prompted = any(plan is not None and plan.prompted for plan in self.plans)
         self.rescored = any(plan is not None and plan.rescored for plan in self.plans)
         acting = [site for plan in self.plans if plan is not None for site in plan.wrapped]
@@ -417,9 +419,11 @@ class MixedPlan:
             results.append(own(part) if plan is None else plan.run(module, own, part))
         return layout.join(results)
 
-    def further(self, module: nn.Module, key: Tensor) -> Extra | None:
+    def further(self, module: nn.Module, key: Tensor, x: Tensor | None) -> Extra | None:
         """What the rows of an attention attend to besides their own keys: one length for all, the rest unseen."""
-        found = [None if plan is None else plan.further(module, key) for plan in self.plans]
+        own_x: Sequence[Tensor | None] = [None] * len(self.plans) if x is None else self.layout(x.shape[0]).split(x)
+        both = zip(self.plans, own_x, strict=True)
+        found = [None if plan is None else plan.further(module, key, rows) for plan, rows in both]
         length = max((one.key.shape[2] for one in found if one is not None), default=0)
         if not length:
             return None

@@ -16,28 +16,44 @@ from torch import nn
 
 from deltahub import kinds
 from deltahub.attaching import attach_parts
-from deltahub.choosing import choose, split
+from deltahub.choosing import by_default, choose, split
 from deltahub.delta import Delta
 from deltahub.errors import UsageError
+from deltahub.sites import Part
 
-__all__ = ["Preset", "attach_preset", "get", "names"]
+__all__ = ["Preset", "PresetPart", "attach_preset", "get", "names"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preset:
-    """A kind with configs for the sites of a known architecture.
+class PresetPart:
+    """One kind with one config.
 
     Attributes:
-        name: as in ``spec/presets.toml``.
+        name: of the part.
         kind: the kind's name.
-        title: one line for people.
-        parts: name, targets and whole config of each part.
+        targets: where it goes; none for the kind's own.
+        config: the whole config.
     """
 
     name: str
     kind: str
+    targets: tuple[str, ...]
+    config: Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Kinds with configs for the sites of a known architecture, or of any that has the roles.
+
+    Attributes:
+        name: as in ``spec/presets.toml``.
+        title: one line for people.
+        parts: what it consists of.
+    """
+
+    name: str
     title: str
-    parts: tuple[tuple[str, tuple[str, ...], Mapping[str, object]], ...]
+    parts: tuple[PresetPart, ...]
 
 
 @functools.cache
@@ -48,8 +64,16 @@ def _all() -> Mapping[str, Preset]:
 
 def _preset(name: str, entry: Mapping[str, Any]) -> Preset:
     shared = entry.get("config", {})
-    parts = tuple((p["name"], tuple(p["targets"]), {**shared, **p["config"]}) for p in entry["parts"])
-    return Preset(name=name, kind=entry["kind"], title=entry["title"], parts=parts)
+    parts = tuple(
+        PresetPart(
+            name=part["name"],
+            kind=part.get("kind") or entry["kind"],
+            targets=tuple(part.get("targets", ())),
+            config={**shared, **part["config"]},
+        )
+        for part in entry["parts"]
+    )
+    return Preset(name=name, title=entry["title"], parts=parts)
 
 
 def names() -> list[str]:
@@ -92,13 +116,13 @@ def attach_preset(
     Args:
         model: a model of the architecture that the preset is for.
         preset: its name.
-        name: the delta's name; the kind's by default.
+        name: the delta's name; the kind's by default, or the preset's where there are several.
         targets: other targets, for a preset of a single part.
         exclude: what to leave out, as for :func:`deltahub.attach`.
         frozen: as for :func:`deltahub.attach`.
         dtype: as for :func:`deltahub.attach`.
         seed: as for :func:`deltahub.attach`.
-        changes: config values that differ from the preset's, in all parts.
+        changes: config values that differ from the preset's, in all parts whose kinds have them.
 
     Raises:
         UsageError: ``E_USAGE_PRESET``.
@@ -107,17 +131,27 @@ def attach_preset(
     chosen = get(preset)
     if targets is not None and len(chosen.parts) != 1:
         raise UsageError("E_USAGE_PRESET", f"preset {preset!r} has parts with targets of their own", found=targets)
-    kind = kinds.get(chosen.kind)
-    parts = [
-        one
-        for part, own, config in chosen.parts
-        for one in split(
-            model,
-            part,
-            kind,
-            kind.check_config({**config, **changes}),
-            choose(model, own if targets is None else targets, exclude),
-        )
-    ]
+    known = {key for part in chosen.parts for key in kinds.get(part.kind).document.config}
+    if strange := sorted(set(changes) - known):
+        raise UsageError("E_USAGE_PRESET", f"no part of preset {preset!r} has such config values", found=strange)
+    parts = [one for part in chosen.parts for one in _parts(model, part, targets, exclude, changes)]
+    used = {part.kind for part in chosen.parts}
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    return attach_parts(model, name or kind.name, parts, frozen=frozen, dtype=dtype, generator=generator)
+    name = name or (used.pop() if len(used) == 1 else preset)
+    return attach_parts(model, name, parts, frozen=frozen, dtype=dtype, generator=generator)
+
+
+def _parts(
+    model: nn.Module,
+    part: PresetPart,
+    targets: str | Sequence[str] | None,
+    exclude: str | Sequence[str],
+    changes: Mapping[str, object],
+) -> list[Part]:
+    kind = kinds.get(part.kind)
+    own = {key: value for key, value in changes.items() if key in kind.document.config}
+    config = kind.check_config({**part.config, **own})
+    wanted = part.targets if targets is None else targets
+    chosen = choose(model, wanted, exclude) if wanted else by_default(model, kind, exclude)
+    inputs = kind.document.inputs if not wanted else ()
+    return split(model, part.name, kind, config, chosen, choose(model, inputs, exclude) if inputs else ())

@@ -16,11 +16,16 @@ from deltahub.errors import HostError
 from deltahub.hosts import BLOCK, view_of
 from deltahub.kinds.host_shape import HostShape
 
-__all__ = ["Span", "check_ports", "shape_of"]
+__all__ = ["Held", "Span", "check_ports", "shape_of"]
 
 
-class _Held(threading.local):
+class Held(threading.local):
+    """A value that each thread has its own of. Pickles and copies as an empty one."""
+
     x: Any = None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Held, ())
 
 
 class Span:
@@ -35,7 +40,7 @@ class Span:
     __slots__ = ("_held", "delta", "source", "target")
 
     def __init__(self, *, delta: str, source: str, target: str) -> None:
-        self._held = _Held()
+        self._held = Held()
         self.delta = delta
         self.source = source
         self.target = target

@@ -22,7 +22,7 @@ def test_the_papers_table_to_every_printed_digit() -> None:
 
 def test_every_site_of_a_preset_is_counted() -> None:
     for name, sites in costs.MODELS.items():
-        assert {s.part for s in sites} == {part for part, _, _ in presets.get(name).parts}
+        assert {s.part for s in sites} == {part.name for part in presets.get(name).parts}
     assert [sum(s.count for s in sites) for sites in costs.MODELS.values()] == [16, 70, 28]
 
 

@@ -145,6 +145,8 @@ def check(
                 at: Place = node.meta["place"]
                 raise at.error("E_KIND_LIMIT", f"the result would have {size} elements; at most {limit} are allowed")
     expected = host.expected(port)
+    if port in {"kv", "past"} and isinstance(result, Tensor) and result.ndim > len(expected):
+        expected = (2, _ROWS, None, host.outer)  # keys and values of each row
     if not isinstance(result, Tensor) or not _agree(result.shape, expected):
         found = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
         shown = [length if length is not None else "any" for length in expected]

@@ -212,6 +212,15 @@ def prefixes() -> list[dict[str, Any]]:
             "host": host, "port": port, **given, "tensors": {n: tensor(a) for n, a in t.items()},
             "valid": True, "expect": {"value": tensor(value)}, "tolerance": 1e-5,
         })  # fmt: skip
+    x = numbers(2, 3, 6, seed=76)
+    gate = {"gate": numbers(6, seed=77), "gate_bias": numbers(1, seed=78)}
+    opened = (1 / (1 + np.exp(-((x * gate["gate"]).sum(-1) + gate["gate_bias"])))).mean(-1).reshape(2, 1, 1)
+    cases.append({
+        "description": "gated-prefix: keys and values of each row", "clause": ["DH-5.8-1", "DH-5.4-2", "DH-5.4-4"],
+        "kind": "gated-prefix", "version": 1, "config": {"length": 2}, "host": host, "port": "kv", "x": tensor(x),
+        "tensors": {n: tensor(a) for n, a in (plain | gate).items()},
+        "valid": True, "expect": {"value": tensor(np.stack([opened * plain["key"], opened * plain["value"]]))}, "tolerance": 1e-5,
+    })  # fmt: skip
     refused = [
         {
             "description": f"prefix does not fit: {name}", "clause": "DH-5.5-1", "op": "kind", "kind": "prefix", "version": 1,

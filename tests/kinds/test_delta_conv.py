@@ -199,7 +199,7 @@ def test_presets(preset: str, make: Any, sites: int, kernels: dict[int, int]) ->
 
 
 def test_presets_by_name() -> None:
-    assert presets.names() == ["paper-table1", "pixart-released", "sd15-released", "sdxl-released"]
+    assert {"paper-table1", "pixart-released", "sd15-released", "sdxl-released"} < set(presets.names())
     with pytest.raises(UsageError, match="sd15-released") as caught:
         presets.get("sd15")
     assert caught.value.code == "E_USAGE_PRESET"
