@@ -115,7 +115,12 @@ def _lokr(entry: Entry) -> _Pair | None:
     return torch.kron(eye, right), torch.kron(first, left) * float(entry.config["scale"])
 
 
-_EXACT: Mapping[str, Callable[[Entry], _Pair | None]] = {"loha": _loha, "lokr": _lokr}
+def _adalora(entry: Entry) -> _Pair:
+    t = {name: value.double() for name, value in entry.tensors.items()}
+    return t["down"], t["up"] * t["values"] * float(entry.config["scale"])
+
+
+_EXACT: Mapping[str, Callable[[Entry], _Pair | None]] = {"adalora": _adalora, "loha": _loha, "lokr": _lokr}
 
 
 def _approximated(entry: Entry, base: Base | None, *, most: int, rank: int | None, exact: int | None) -> Plain | str:

@@ -19,6 +19,8 @@ from deltahub.errors import ConverterError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from deltahub.kinds import HostShape
+
 __all__ = ["METHODS", "Method", "tokens"]
 
 _INERT = frozenset(
@@ -31,7 +33,7 @@ _INERT = frozenset(
 )
 
 _Part = Mapping[str, "Tensor"]
-_Make = Callable[[str, _Part, Mapping[str, Any], "Scales | None"], Entry]
+_Make = Callable[[str, _Part, Mapping[str, Any], "Scales | None", "HostShape"], Entry]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +86,7 @@ class Method:
             missing = sorted(self.needed - part.keys())
             if missing:
                 raise ConverterError("E_CONVERT_MISSING", "tensors are missing", where=path, found=", ".join(missing))
-            base.arch.host(path)
-            entries.append(self.make(path, part, config, scales))
+            entries.append(self.make(path, part, config, scales, base.arch.host(path).shape))
         if scales is not None:
             scales.finish(sites)
         Wanted(config, base).check(sites, keys.where)
@@ -97,7 +98,7 @@ def _scale(scales: Scales | None, path: str, rank: int) -> float:
     return scales.of(path, rank)
 
 
-def _ia3(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None) -> Entry:
+def _ia3(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None, shape: HostShape) -> Entry:
     value = part["l"]
     if value.ndim != 2 or 1 not in value.shape:
         raise ConverterError("E_CONVERT_SHAPE", "this is no vector of multipliers", where=path, found=list(value.shape))
@@ -106,14 +107,14 @@ def _ia3(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | Non
     return Entry(path=path, kind="ia3", config={"axis": axis}, tensors={name: value.reshape(-1)})
 
 
-def _loha(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None) -> Entry:
+def _loha(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None, shape: HostShape) -> Entry:
     rank = int(part["w1_a"].shape[1])
     tensors = {"up_1": part["w1_a"], "down_1": part["w1_b"], "up_2": part["w2_a"], "down_2": part["w2_b"]}
     values = {"rank": rank, "scale": _scale(scales, path, rank)}
     return Entry(path=path, kind="loha", config=values, tensors=tensors)
 
 
-def _lokr(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None) -> Entry:
+def _lokr(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None, shape: HostShape) -> Entry:
     first = "whole" if "w1" in part else "low-rank"
     second = "whole" if "w2" in part else "low-rank"
     names = {"w1": "w1", "w1_a": "w1_up", "w1_b": "w1_down", "w2": "w2", "w2_a": "w2_up", "w2_b": "w2_down"}
@@ -136,19 +137,19 @@ def _lokr(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | No
     return Entry(path=path, kind="lokr", config=values, tensors=tensors)
 
 
-def _hira(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None) -> Entry:
+def _hira(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None, shape: HostShape) -> Entry:
     rank = int(part["A"].shape[0])
     return Entry(
         path=path, kind="hira", config={"rank": rank, "scale": 1.0}, tensors={"down": part["A"], "up": part["B"]}
     )
 
 
-def _hra(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None) -> Entry:
+def _hra(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None, shape: HostShape) -> Entry:
     values = {"rank": int(part["u"].shape[1]), "orthogonal": bool(config.get("apply_GS"))}
     return Entry(path=path, kind="hra", config=values, tensors={"vectors": part["u"]})
 
 
-def _oft(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None) -> Entry:
+def _oft(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None, shape: HostShape) -> Entry:
     rows = part["R"]
     width = round((1 + (1 + 8 * rows.shape[1]) ** 0.5) / 2)
     shared = bool(config.get("block_share"))
@@ -160,7 +161,7 @@ def _oft(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | Non
     return Entry(path=path, kind="oft", config=values, tensors=tensors)
 
 
-def _boft(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None) -> Entry:
+def _boft(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None, shape: HostShape) -> Entry:
     """PEFT keeps whole matrices and uses what is skew in them: their upper triangles say that."""
     import torch
 
@@ -173,7 +174,7 @@ def _boft(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | No
     return Entry(path=path, kind="boft", config=values, tensors=tensors)
 
 
-def _road(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None) -> Entry:
+def _road(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None, shape: HostShape) -> Entry:
     variant = str(config.get("variant", "road_1")).removeprefix("road_")
     if not variant.isdigit():
         raise ConverterError("E_CONVERT_CONFIG", "this variant is not known", where=path, found=config.get("variant"))
@@ -181,7 +182,7 @@ def _road(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | No
     return Entry(path=path, kind="road", config=values, tensors={"theta": part["theta"], "alpha": part["alpha"]})
 
 
-def _miss(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None) -> Entry:
+def _miss(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None, shape: HostShape) -> Entry:
     block, start = part["block"], config.get("init_weights")
     if start == "bat":
         values, tensors = {"rank": int(block.shape[-1]), "variant": "affine"}, {"square": block}
@@ -193,22 +194,66 @@ def _miss(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | No
     return Entry(path=path, kind="miss", config=values, tensors=tensors)
 
 
-def _delora(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None) -> Entry:
+def _delora(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None, shape: HostShape) -> Entry:
     values = {"rank": int(part["A"].shape[0]), "bound": float(config.get("delora_lambda") or 0)}
     tensors = {"down": part["A"], "up": part["B"], "strength": part["lambda"], "gain": part["w_norm"]}
     return Entry(path=path, kind="delora", config=values, tensors=tensors)
 
 
-def _c3a(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None) -> Entry:
+def _c3a(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None, shape: HostShape) -> Entry:
     kernel = part["kernel"]
     return Entry(path=path, kind="c3a", config={"block": int(kernel.shape[2])}, tensors={"kernel": kernel})
 
 
-def _ln(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None) -> Entry:
+def _ln(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None, shape: HostShape) -> Entry:
     return Entry(path=path, kind="assign", tensors=dict(part), group="norms")
 
 
-def _tokens(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None) -> Entry:
+def _adalora(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None, shape: HostShape) -> Entry:
+    """What its allocation left of the rank is in the file already; alpha is over that, and a hundred-thousandth."""
+    rank, alpha = int(part["A"].shape[0]), config.get("lora_alpha")
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+        raise ConverterError(
+            "E_CONVERT_CONFIG", "lora_alpha is missing or no number", where=path, found=repr(alpha)[:60]
+        )
+    values = {"rank": rank, "scale": float(alpha if alpha > 0 else rank) / (rank + 1e-5)}
+    tensors = {"down": part["A"], "values": part["E"].reshape(-1), "up": part["B"]}
+    return Entry(path=path, kind="adalora", config=values, tensors=tensors)
+
+
+def _shira(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None, shape: HostShape) -> Entry:
+    import torch
+
+    rows, columns = part["indices"].to(torch.int64)
+    limits = (shape.d_out or 0, shape.d_in or 0)
+    if any(bool((one < 0).any() | (one >= size).any()) for one, size in zip((rows, columns), limits, strict=True)):
+        raise ConverterError("E_CONVERT_SHAPE", "a place lies outside the weight", where=path, expected=list(limits))
+    places = (rows * limits[1] + columns).to(torch.int32)
+    values = {"count": len(places), "scale": 1.0}
+    return Entry(path=path, kind="sparse", config=values, tensors={"places": places, "values": part["weight"]})
+
+
+def _beft(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None, shape: HostShape) -> Entry:
+    return Entry(path=path, kind="bias", config={"scale": 1.0}, tensors={"value": part["bias"].reshape(-1)})
+
+
+def _gralora(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None, shape: HostShape) -> Entry:
+    a, b, alpha = part["A"], part["B"], config.get("alpha")
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or config.get("hybrid_r"):
+        raise ConverterError(
+            "E_CONVERT_CONFIG", "alpha is no number, or there is a second update for all blocks", where=path,
+            found=f"alpha={alpha!r}, hybrid_r={config.get('hybrid_r')!r}"[:80],
+        )  # fmt: skip
+    blocks, rank = int(a.shape[0]), int(a.shape[2])
+    tensors = {
+        "down": a.reshape(*a.shape[:2], blocks, rank // blocks),
+        "up": b.reshape(blocks, blocks, rank // blocks, -1),
+    }
+    values = {"rank": rank, "blocks": blocks, "scale": float(alpha) / rank}
+    return Entry(path=path, kind="gralora", config=values, tensors=tensors)
+
+
+def _tokens(path: str, part: _Part, config: Mapping[str, Any], scales: Scales | None, shape: HostShape) -> Entry:
     return tokens(path, part["rows"], config.get("token_indices"))
 
 
@@ -242,6 +287,32 @@ def _all(*names: str) -> frozenset[str]:
 
 
 METHODS: Mapping[str, Method] = {
+    "ADALORA": Method(
+        endings={".lora_A": "A", ".lora_B": "B", ".lora_E": "E"},
+        reads=_all(
+            "lora_alpha",
+            "rank_pattern",
+            "r",
+            "init_r",
+            "target_r",
+            "tinit",
+            "tfinal",
+            "deltaT",
+            "beta1",
+            "beta2",
+            "orth_reg_weight",
+            "total_step",
+            "lora_dropout",
+            "init_lora_weights",
+            "loftq_config",
+            "megatron_core",
+            "qalora_group_size",
+            "use_rslora",
+        ),
+        needed=_all("A", "B", "E"),
+        make=_adalora,
+    ),
+    "BEFT": Method(endings={".beft_bias": "bias"}, reads=_all(), make=_beft),
     "BOFT": Method(
         endings={".boft_R": "R", ".boft_s": "s"},
         reads=_all("boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"),
@@ -254,6 +325,12 @@ METHODS: Mapping[str, Method] = {
         reads=_all("r", "delora_lambda"),
         needed=_all("A", "B", "lambda", "w_norm"),
         make=_delora,
+    ),
+    "GRALORA": Method(
+        endings={".gralora_A": "A", ".gralora_B": "B"},
+        reads=_all("r", "alpha", "gralora_k", "hybrid_r", "gralora_dropout"),
+        needed=_all("A", "B"),
+        make=_gralora,
     ),
     "HIRA": Method(endings={".hira_A": "A", ".hira_B": "B"}, reads=_all("r"), needed=_all("A", "B"), make=_hira),
     "HRA": Method(endings={".hra_u": "u"}, reads=_all("r", "apply_GS"), make=_hra),
@@ -285,6 +362,12 @@ METHODS: Mapping[str, Method] = {
         reads=_all("variant", "group_size"),
         needed=_all("theta", "alpha"),
         make=_road,
+    ),
+    "SHIRA": Method(
+        endings={".shira_weight": "weight", ".shira_indices": "indices"},
+        reads=_all("r", "mask_type", "random_seed"),
+        needed=_all("weight", "indices"),
+        make=_shira,
     ),
     "TRAINABLE_TOKENS": Method(
         endings={".token_adapter.trainable_tokens_delta": "rows", ".trainable_tokens_delta": "rows"},

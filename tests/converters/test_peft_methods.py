@@ -19,6 +19,7 @@ from tests.converters.test_peft import edit, run, saved
 
 peft = pytest.importorskip("peft")
 Make = Callable[..., Path]
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch, in PEFT's own SHiRA
 
 Q = {"target_modules": ["q_proj", "down_proj"]}
 CASES: dict[str, tuple[str, Callable[[], Any]]] = {
@@ -40,6 +41,10 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "miss": ("llama", lambda: peft.MissConfig(**Q, r=4)),
     "delora": ("llama", lambda: peft.DeloraConfig(**Q, r=2)),
     "c3a": ("llama", lambda: peft.C3AConfig(**Q, block_size=8)),
+    "adalora": ("llama", lambda: peft.AdaLoraConfig(**Q, init_r=3, lora_alpha=5, total_step=10)),
+    "shira": ("llama", lambda: peft.ShiraConfig(**Q, r=2)),
+    "beft": ("bert", lambda: peft.BeftConfig(target_modules=["query", "dense"])),
+    "gralora": ("llama", lambda: peft.GraloraConfig(**Q, r=8, alpha=12, gralora_k=2)),
     "norms": ("bert", lambda: peft.LNTuningConfig(target_modules=["LayerNorm"])),
     "tokens": ("llama", lambda: peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3, 7])),
     "dora": ("llama", lambda: peft.LoraConfig(**Q, r=3, lora_alpha=4, use_dora=True)),
@@ -49,7 +54,7 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
         lambda: peft.LoraConfig(**Q, r=3, trainable_token_indices={"embed_tokens": [2, 9]}),
     ),
 }
-NEEDS = {"norms": "assign", "dora bias": "dora", "lora and tokens": "tokens"}
+NEEDS = {"norms": "assign", "shira": "sparse", "beft": "bias", "dora bias": "dora", "lora and tokens": "tokens"}
 
 
 def adapter(case: str, base: Path, folder: Path) -> tuple[Path, torch.Tensor]:
@@ -86,6 +91,8 @@ def test_what_peft_computes(case: str, backbone: Make, tmp_path: Path) -> None:
         ("ia3", {"bias": "all"}, "E_CONVERT_CONFIG"),
         ("tokens", {"token_indices": [3, 3]}, "E_CONVERT_CONFIG"),
         ("tokens", {"token_indices": [1, 2, 3]}, "E_CONVERT_CONFIG"),
+        ("adalora", {"lora_alpha": None}, "E_CONVERT_CONFIG"),
+        ("gralora", {"hybrid_r": 2}, "E_CONVERT_CONFIG"),
         ("ia3", {"peft_type": "XLORA"}, "E_CONVERT_KIND"),
     ],
 )

@@ -112,6 +112,7 @@ def test_an_engine_that_is_not_known(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "rank"),
     [
+        ("adalora", {"rank": 3, "scale": 1.5}, 3),
         ("loha", {"rank": 2, "scale": 1.5}, 4),
         ("lokr", {"rank": 2, "rows": 4, "columns": 2, "scale": 0.7}, 4),
         ("lokr", {"rank": 2, "rows": 4, "columns": 2, "first": "low-rank"}, 4),
