@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -36,6 +37,10 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for parameter in delta.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     delta.save(tmp_path / "delta")
+    for library, parts in {"opendelta": ("lora_bert_cls",), "adapters": ("lora", "backbone")}.items():
+        for part in parts:  # what the page on moving here converts
+            folder = {"opendelta": "opendelta", "adapters": f"adapterhub/{part}"}[library]
+            shutil.copytree(ROOT / "tests" / "fixtures" / library / part, tmp_path / folder)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
