@@ -10,7 +10,7 @@ import tempfile
 import warnings
 
 NAMES = (
-    "imports", "life", "scaling", "forward", "compiled", "training", "mixed", "merge", "backbone", "publish",
+    "imports", "life", "scaling", "forward", "compiled", "training", "mixed", "merge", "diff", "backbone", "publish",
     "delta_conv", "distil", "onnx",
 )  # fmt: skip
 

@@ -26,7 +26,7 @@ def _draw(report: Report, name: str, curves: dict[str, Points], *, title: str, x
     from deltahub.recipes.plot import loglog
 
     loglog(OUT / f"{name}.png", {f"{k}, slope {slope(v):.2f}": v for k, v in curves.items()}, title=title, x=x, y=y)
-    report.note += f"\n\n![{title}]({name}.png)"
+    report.note += f" Drawn: `{name}.png`."
     for label, points in curves.items():
         report.number(f"{title}: slope, {label}", slope(points))
 

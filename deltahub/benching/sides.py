@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
     from deltahub.delta import Delta
 
-__all__ = ["SIDES", "Ours", "Peft", "Side", "paths_on"]
+__all__ = ["FIRST", "SIDES", "Ours", "Peft", "Side", "paths_on"]
 
 SCALE = 2.0
+FIRST = "first"  # peft warns of names that are part of its own, as "a" is of "lora_"
 _BOUND = 0.02
 
 
@@ -54,7 +55,7 @@ class Side(ABC):
         self.live: Any = model
 
     @abstractmethod
-    def attach(self, name: str = "a") -> None:
+    def attach(self, name: str = FIRST) -> None:
         """A fresh LoRA on the bare model."""
 
     @abstractmethod
@@ -70,7 +71,7 @@ class Side(ABC):
         """Write the LoRA that is attached."""
 
     @abstractmethod
-    def load(self, folder: Path, name: str = "a") -> None:
+    def load(self, folder: Path, name: str = FIRST) -> None:
         """Read it from a folder onto the bare model."""
 
     @abstractmethod
@@ -105,14 +106,14 @@ class Side(ABC):
 class Ours(Side):
     """DeltaHub."""
 
-    def attach(self, name: str = "a") -> None:
+    def attach(self, name: str = FIRST) -> None:
         import torch
 
         self._attach(name, torch.float32)  # what peft makes its own of, on a backbone in half precision too
 
     def attach_as_it_is(self) -> None:
         """The same in the backbone's own dtype, which is what ``deltahub.attach`` does unless it is told otherwise."""
-        self._attach("a", None)
+        self._attach(FIRST, None)
 
     def _attach(self, name: str, dtype: torch.dtype | None) -> Delta:
         return attach(self.model, "lora", self.paths, name=name, dtype=dtype, rank=self.rank, scale=SCALE)
@@ -129,7 +130,7 @@ class Ours(Side):
     def save(self, folder: Path) -> None:
         next(iter(deltas(self.model).values())).save(folder)
 
-    def load(self, folder: Path, name: str = "a") -> None:
+    def load(self, folder: Path, name: str = FIRST) -> None:
         load(folder, backbone=self.model, name=name)
 
     def load_further(self, folder: Path, name: str) -> None:
@@ -166,7 +167,7 @@ class Peft(Side):
 
         return LoraConfig(r=self.rank, lora_alpha=int(self.rank * SCALE), target_modules=self.paths)
 
-    def attach(self, name: str = "a") -> None:
+    def attach(self, name: str = FIRST) -> None:
         from peft import get_peft_model
 
         self.live = get_peft_model(self.model, self._config(), adapter_name=name)
@@ -182,7 +183,7 @@ class Peft(Side):
     def save(self, folder: Path) -> None:
         self.live.save_pretrained(str(folder))
 
-    def load(self, folder: Path, name: str = "a") -> None:
+    def load(self, folder: Path, name: str = FIRST) -> None:
         from peft import PeftModel
 
         self.live = PeftModel.from_pretrained(self.model, str(_inner(folder)), adapter_name=name)
@@ -192,7 +193,7 @@ class Peft(Side):
         from peft import PeftModel
 
         options: dict[str, Any] = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
-        self.live = PeftModel.from_pretrained(self.model, str(_inner(folder)), adapter_name="a", **options)
+        self.live = PeftModel.from_pretrained(self.model, str(_inner(folder)), adapter_name=FIRST, **options)
 
     def load_further(self, folder: Path, name: str) -> None:
         self.live.load_adapter(str(_inner(folder)), adapter_name=name)

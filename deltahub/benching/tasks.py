@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltahub.benching.sides import Ours, Peft, Side
+from deltahub.benching.sides import FIRST, Ours, Peft, Side
 from deltahub.benching.stopwatch import Timing, peak_during, timed
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def forward(side: Side, options: Mapping[str, Any]) -> Found:
 def _merge(side: Side) -> None:
     from deltahub.composition import deltas
 
-    deltas(side.model)["a"].merge()
+    deltas(side.model)[FIRST].merge()
 
 
 def _pass(model: Any, ids: torch.Tensor, **more: Any) -> Callable[[], object]:
@@ -188,7 +188,7 @@ def resident(side: Side, options: Mapping[str, Any]) -> Found:
 
     found: Found = {}
     with _folder() as place:
-        side.attach("a")
+        side.attach()
         side.fill()
         side.save(place / "saved")
         side.clear()
