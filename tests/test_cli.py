@@ -40,6 +40,39 @@ def test_help_lists_the_verbs() -> None:
         assert "--json" in run(verb, "--help").stdout
 
 
+def test_every_verb_speaks_json() -> None:
+    from typer.main import get_command
+
+    def verbs(command: Any, path: tuple[str, ...] = ()) -> Any:
+        for name, inside in getattr(command, "commands", {}).items():
+            if hasattr(inside, "commands"):
+                yield from verbs(inside, (*path, name))
+            else:
+                yield " ".join((*path, name)), {option for given in inside.params for option in given.opts}
+
+    found = dict(verbs(get_command(app)))
+    assert len(found) >= 20
+    assert [verb for verb, options in found.items() if "--json" not in options] == []
+
+
+def test_the_demonstration_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deltahub.demo
+
+    for code in (0, 1):
+        monkeypatch.setattr(deltahub.demo, "run", lambda *, code=code, **_: code)
+        assert run_json("demo", code=code)["passed"] is (code == 0)
+
+
+def test_completion() -> None:
+    """What a shell asks for while somebody types."""
+    for shell in ("bash", "zsh", "fish"):
+        script = run("--show-completion", shell).stdout
+        assert "_COMPLETE" in script, shell
+    env = {"_DELTAHUB_COMPLETE": "complete_bash", "COMP_WORDS": "deltahub ki", "COMP_CWORD": "1"}
+    result = CliRunner().invoke(app, [], prog_name="deltahub", env=env)
+    assert "kinds" in result.stdout
+
+
 def test_version() -> None:
     assert run("--version").stdout == f"{deltahub.__version__}\n"
 

@@ -83,6 +83,38 @@ def download(hub: LoopbackHub, cache: Path) -> str:
 
 
 @pytest.mark.slow
+def test_on_the_command_line_alone(hub: LoopbackHub, backbone: Path, tmp_path: Path, cache: Path) -> None:
+    """The same as a user would type it; only the training is Python."""
+    for seed, name in ((1, "v1"), (2, "v2")):
+        deltahub.save(train(hub, cache, seed=seed)[0], tmp_path / name, probe={"input_ids": torch.arange(1, 8)[None]})
+    first = cli(hub, "push", str(tmp_path / "v1"), "user/delta", "-m", "first")["commit"]
+    (hit,) = cli(hub, "search", "--backbone", str(backbone), "--kind", "lora")
+    assert (hit["repo_id"], hit["match"], hit["commit"]) == ("user/delta", "exact", first)
+
+    # A new process fetches it, checks it, loads it on the backbone, and replays its author's forward pass.
+    home, base = tmp_path / "home", str(backbone)
+    done = process(hub, home, "-m", "deltahub.cli", "verify", "user/delta", "--backbone", base, "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["probe"]["logits"] < 1e-5
+
+    assert cli(hub, "push", str(tmp_path / "v2"), "user/delta", "--create-pr")["pr"] == "refs/pr/1"
+    held = ("--cache-dir", str(cache))
+    assert cli(hub, "pull", "user/delta@refs/pr/1", *held)["commit"] != first
+    assert cli(hub, "pull", f"user/delta@{first}", *held)["commit"] == first
+    hub.log.clear()
+    loaded = cli(hub, "verify", f"user/delta@{first}", "--backbone", base, "--offline", *held)
+    assert loaded["load"]["commit"] == first
+    assert hub.log == []
+
+    name = "delta.safetensors"
+    data = bytearray(hub.read("user/delta", name))
+    data[-1] ^= 1
+    hub.commit("user/delta", {name: bytes(data)})
+    refused = cli(hub, "verify", "user/delta", "--backbone", base, *held, code=1)
+    assert refused["error"]["code"] == "E_HUB_DIGEST"
+
+
+@pytest.mark.slow
 def test_the_journey(
     hub: LoopbackHub, backbone: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -218,6 +218,33 @@ def test_pull_under_a_policy(
     fails("E_SIGN_MISSING", lambda: pull(make_package("unsigned"), policy=strict))
 
 
+def test_the_report_says_who_signed(tmp_path: Path) -> None:
+    import torch
+
+    import deltahub
+
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)).eval()
+
+    for tensor in deltahub.attach(made := model(), "lora", "0", rank=1).parameters():
+        torch.nn.init.normal_(tensor)
+    deltahub.save(made, tmp_path / "delta")
+    key, public = make_key(tmp_path)
+
+    def told(policy: Policy | None) -> str:
+        loaded = deltahub.load(tmp_path / "delta", backbone=model(), policy=policy)
+        (delta,) = deltahub.deltas(loaded).values()
+        return str(delta.report)
+
+    trusted = Policy(signers=(Signer(name="Acme", key=public),))
+    assert "unsigned, which the policy allows" in told(trusted)
+    fails("E_SIGN_MISSING", lambda: told(Policy(signers=trusted.signers, require=("*",))))
+    sign(tmp_path / "delta", key)
+    assert f"signed by Acme, key {fingerprint(public)[:16]}" in told(trusted)
+    assert "signed" not in told(None)
+
+
 # ---- the official package
 
 
