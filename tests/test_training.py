@@ -132,6 +132,7 @@ for step in range(3):
     optimizer.step()
     optimizer.zero_grad()
 state = {n: t.full_tensor() for n, t in delta_state(model).items()}
+deltahub.save(model, out + "-package")  # by all of them; the first one writes
 if rank == 0:
     torch.save(state, out)
 dist.barrier()
@@ -164,3 +165,6 @@ def test_two_processes_with_sharded_parameters(tmp_path: Path) -> None:
         optimizer.zero_grad()
     for name, tensor in delta_state(alone).items():
         assert torch.allclose(sharded[name], tensor, atol=1e-5), name
+    loaded = deltahub.load(tmp_path / "state.pt-package", backbone=bert_classifier())
+    with torch.no_grad():
+        assert torch.allclose(loaded(input_ids=batch).logits, alone(input_ids=batch).logits, atol=1e-5)
