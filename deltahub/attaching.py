@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from deltahub import kinds, prompting, spanning
+from deltahub import hearing, kinds, prompting, spanning
 from deltahub.attending import check_bias, shape_of
 from deltahub.choosing import Choice, by_default, choose, split
 from deltahub.composition import (
@@ -340,7 +340,7 @@ def _fresh(
 
 def _hear(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> None:
     for path in paths:
-        prompting.hear(modules, path)
+        hearing.hear(modules, path)
 
 
 def _unnested(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> list[Callable[[], None]]:

@@ -19,8 +19,8 @@ from deltahub.composition import (
 )
 from deltahub.contexts import withdraw
 from deltahub.errors import InjectionError, UsageError
+from deltahub.hearing import unhear
 from deltahub.injection import merge_slot, parameter_of, remove_site, remove_span, slot_of
-from deltahub.prompting import unhear
 from deltahub.sites import SITE_PREFIX, Part, Site
 from deltahub.targets import backbone_modules
 

@@ -2,16 +2,12 @@
 
 The prompt is joined to the embeddings inside the call of the module that makes them, with a mask and positions to
 match; nothing that the caller passed is changed, and what comes back are the positions of the caller's own tokens.
-Three others hear of the prompt, through hooks: a decoder that attends to an encoder's output, whose mask grows; and a
-language model that is given labels, whose loss is also for the first token, which the prompt foretells.
-
 Which classes are such transformers is data: ``spec/prompting.toml``.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +15,6 @@ from importlib.resources import files
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltahub.errors import HostError
@@ -29,20 +24,12 @@ __all__ = [
     "Prompted",
     "Prompts",
     "Transformer",
+    "cut",
     "embedding_of",
     "embeddings_before",
-    "hear",
     "shape_of",
     "transformer_of",
-    "unhear",
 ]
-
-_CARRIED = "deltahub"
-"""The key under which word of a call's labels travels among its keyword arguments (:mod:`deltahub.contexts`)."""
-_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
-"""How the names of classes end whose loss compares each position with the label after it."""
-_IGNORED = -100
-"""The label that no loss counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,7 +212,7 @@ class Prompted:
         out = self.original(module, **given)
         if self.whole:
             return out
-        return _cut(out, prompts.longest + length, lambda y: prompts.after(y, last=not causal))
+        return cut(out, prompts.longest + length, lambda y: prompts.after(y, last=not causal))
 
     def _mask(self, prompts: Prompts, mask: Any, value: Tensor, past: int, *, last: bool) -> Any:
         """The caller's mask with ones for the prompt; none where none is needed."""
@@ -276,7 +263,7 @@ def _refused(what: str, **more: Any) -> HostError:
     return HostError("E_HOST_PROMPT", what, **more)
 
 
-def _cut(out: Any, length: int, cut: Callable[[Tensor], Tensor]) -> Any:
+def cut(out: Any, length: int, cut: Callable[[Tensor], Tensor]) -> Any:
     """An output whose sequences of this length are those of the tokens alone; attention maps stay whole."""
 
     def own(value: Any) -> Any:
@@ -291,127 +278,3 @@ def _cut(out: Any, length: int, cut: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(out, tuple):
         return own(out)
     return type(out)(**{name: own(value) for name, value in out.items()})
-
-
-# ------------------------------------------------------------------------------------------- those who hear of it
-
-
-def _acting(transformer: nn.Module, rows: int) -> Prompts | None:
-    """The prompts that act on a transformer now."""
-    slot: Any = transformer.__dict__.get("_deltahub")
-    plan: _Plan | None = None if slot is None else slot.plan()
-    return plan.prompts(rows) if plan is not None and plan.prompted else None
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """A hook on a decoder: the mask of the states that it attends to covers the prompt."""
-
-    transformer: nn.Module
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
-        if states is None:
-            return None
-        prompts = _acting(self.transformer, states.shape[0])
-        if prompts is None:
-            return None
-        length = states.shape[1] - prompts.longest
-        if mask is None:
-            if prompts.even:
-                return None
-            mask = torch.ones(states.shape[0], length, dtype=torch.long, device=states.device)
-        if mask.shape[-1] != length:  # states that were made without the prompt
-            return None
-        grown = prompts.before(mask, lambda p: mask.new_ones(len(p)), last=True)
-        return args, {**kwargs, "encoder_attention_mask": grown}
-
-
-@dataclass(frozen=True, slots=True)
-class _Labelled:
-    """A hook on a language model: labels for the prompt, which no loss counts, so that the first token is foretold."""
-
-    transformer: nn.Module
-    names: tuple[str, ...]
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        labels: Any = given.get("labels")
-        if labels is None:
-            return None
-        prompts = _acting(self.transformer, labels.shape[0])
-        if prompts is None:
-            return None
-        if prompts.groups is not None:  # nothing foretells the first token of a row without a prompt
-            bare = [not len(prompts.values[group]) for group in prompts.groups]
-            labels = labels.clone()
-            labels[torch.tensor(bare, device=labels.device), 0] = _IGNORED
-        given["labels"] = F.pad(labels, (prompts.longest, 0), value=_IGNORED)
-        return (), {**given, _CARRIED: {"labels": labels.shape[1]}}
-
-
-def _shorten(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-    """A hook on a language model: what it says of the prompt is left out again."""
-    kept = kwargs.get(_CARRIED, {}).get("labels")
-    if kept is None:
-        return None
-    first = out["logits"] if hasattr(out, "keys") else next(o for o in out if isinstance(o, Tensor) and o.ndim == 3)
-    return _cut(out, first.shape[1], lambda y: y[:, -kept:])
-
-
-def hear(modules: Mapping[str, nn.Module], path: str) -> None:
-    """Let those who must know hear of the prompts of a transformer from now on; those who do already are left alone.
-
-    Args:
-        modules: all modules of the model by path, the root under ``""``.
-        path: of the transformer, which has its site by now.
-    """
-    module: Any = modules[path]
-    entry = transformer_of(module._deltahub.base)
-    assert entry is not None
-    above = path.rpartition(".")[0]
-    reader = modules.get(f"{above}.{entry.reader}".lstrip(".")) if entry.reader else None
-    if reader is not None and reader is not module:
-        module._deltahub.read = True
-        if not _heard(reader, module):
-            reader.register_forward_pre_hook(_Reader(module), with_kwargs=True)
-    owner = _owner(modules, above)
-    if owner is not None and not _heard(owner, module):
-        names = tuple(inspect.signature(type(owner).forward).parameters)[1:]
-        owner.register_forward_pre_hook(_Labelled(module, names), with_kwargs=True)
-        owner.register_forward_hook(_shorten, with_kwargs=True)
-
-
-def _owner(modules: Mapping[str, nn.Module], above: str) -> nn.Module | None:
-    """The language model around a transformer, if it is part of one."""
-    while True:
-        if type(modules[above]).__name__.endswith(_LANGUAGE_MODELS):
-            return modules[above]
-        if not above:
-            return None
-        above = above.rpartition(".")[0]
-
-
-def _heard(module: nn.Module, transformer: nn.Module) -> bool:
-    hooks = module._forward_pre_hooks.values()
-    return any(isinstance(h, (_Reader, _Labelled)) and h.transformer is transformer for h in hooks)
-
-
-def unhear(modules: Mapping[str, nn.Module], path: str) -> None:
-    """Take the hooks of :func:`hear` off again."""
-    transformer = modules[path]
-    for module in modules.values():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, (_Reader, _Labelled)) and hook.transformer is transformer:
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-        if any(isinstance(hook, _Labelled) for hook in module._forward_pre_hooks.values()):
-            continue
-        for key, after in list(module._forward_hooks.items()):
-            if after is _shorten:
-                del module._forward_hooks[key]
-                module._forward_hooks_with_kwargs.pop(key, None)
