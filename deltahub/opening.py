@@ -1,8 +1,8 @@
-"""The loader that users call: packages, packed ones, and adapters of PEFT, which become packages on the way.
+"""The loader that users call: packages, folders of them for one pipeline, packed ones, and adapters of PEFT.
 
-An adapter says the name of its backbone and nothing that would identify it. What can be checked is checked (every
-tensor lands on a module of the right shape, every target is hit, the scale is told), and what cannot be is said: in a
-warning and in the report.
+An adapter becomes a package on the way. It says the name of its backbone and nothing that would identify it. What can be
+checked is checked (every tensor lands on a module of the right shape, every target is hit, the scale is told), and what
+cannot be is said: in a warning and in the report.
 """
 
 from __future__ import annotations
@@ -59,6 +59,12 @@ def _opening(run: Callable[P, T]) -> Callable[P, T]:
         source = cast("str | os.PathLike[str]", args[0] if args else options["source"])
         if isinstance(source, str) and Path(source, CONFIG).is_file():
             source = Path(source)
+        parts = _parts(source)
+        if parts and run is loading.load:
+            result = run(parts[0], **options)  # type: ignore[arg-type]
+            for part in parts[1:]:
+                result = run(part, **{**options, "backbone": result})  # type: ignore[arg-type]
+            return result
         try:
             return run(*((source, *args[1:]) if args else ()), **options)  # type: ignore[arg-type]
         except (HubError, PackageError) as error:
@@ -70,6 +76,18 @@ def _opening(run: Callable[P, T]) -> Callable[P, T]:
                 return _run(run, found, source, dict(options))
 
     return either
+
+
+def _parts(source: str | os.PathLike[str]) -> list[Path]:
+    """The packages of a folder that holds one for each part of a pipeline, the denoiser's first; none for any other."""
+    from deltahub.backbones import DENOISERS
+
+    folder = Path(source)
+    if not folder.is_dir() or (folder / "delta.json").exists() or (folder / CONFIG).exists():
+        return []
+    found = [place.parent for place in sorted(folder.glob("*/delta.json"))]
+    known = [place for place in found if place.name in DENOISERS or place.name.startswith("text_encoder")]
+    return sorted(known, key=lambda place: place.name not in DENOISERS) if len(known) == len(found) else []
 
 
 def _run(run: Callable[..., T], found: _Found, source: object, options: dict[str, Any]) -> T:

@@ -100,6 +100,9 @@ def test_what_diffusers_saves(alphas: bool, trained: Any, folder: Path, tmp_path
     assert close(text(both), text(pipe))
     assert list(deltahub.deltas(both)) == ["unet"]
     assert list(deltahub.deltas(both.text_encoder)) == ["text_encoder"]
+    at_once = deltahub.load(out, backbone=folder)
+    assert close(sample(at_once.unet, unet_inputs()), sample(pipe.unet, unet_inputs()))
+    assert close(text(at_once), text(pipe))
     written = export_(out, tmp_path / "again", to="diffusers") / "pytorch_lora_weights.safetensors"
     assert written.read_bytes() == (saved / "pytorch_lora_weights.safetensors").read_bytes()
 

@@ -245,3 +245,28 @@ def test_kinds_that_travel_are_no_built_in_ones() -> None:
         found = document(f"com.github.kohakublueleaf.{name}")
         assert found is not None
         assert kinds.get(str(found["kind"]), documents=(found,)).version == 1
+
+
+@pytest.mark.parametrize("kept", ["", "!", "eA==", "eNoDAAAAAAE=", 7, None])
+def test_a_package_that_lies_about_its_file_is_written_afresh(kept: object, tmp_path: Path) -> None:
+    """What a stranger's package says under ``extensions`` is only believed as far as its tensors bear it out."""
+    import base64
+    import json
+    import zlib
+
+    trained("lora", tmp_path / "them.safetensors")
+    folder = import_(tmp_path / "them.safetensors", tmp_path / "package", backbone=net()).path
+    document = json.loads((folder / "delta.json").read_text(encoding="utf-8"))
+    section = document["extensions"]["com.github.kohya-ss"]
+    if kept is None:  # a header that asks for other places than the tensors fill
+        inner = json.loads(zlib.decompress(base64.b64decode(section["file"])))
+        inner["header"] = inner["header"].replace('"data_offsets":[0,', '"data_offsets":[9,')
+        kept = base64.b64encode(zlib.compress(json.dumps(inner).encode())).decode()
+    section["file"] = kept
+    (folder / "delta.json").write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(ConverterError) as caught:
+        export_(folder, tmp_path / "again.safetensors", to="kohya")
+    assert caught.value.code == "E_CONVERT_BACKBONE"
+    assert not (tmp_path / "again.safetensors").exists()
+    written = export_(folder, tmp_path / "again.safetensors", to="kohya", backbone=net())
+    assert len(load_file(written)) == len(load_file(tmp_path / "them.safetensors"))
