@@ -94,6 +94,9 @@ class _Decoder:
         """By name: number of the stream, byte there, first and last byte of the tensor."""
         for number, stream in enumerate(self.streams):
             at, width = 0, DTYPES.get(stream["dtype"], 0) // 8
+            against = stream["codec"] in {"egd", "xor"} and stream["dtype"] in egd.MANTISSA
+            if not against and stream["codec"] != "planes":
+                raise ConverterError("E_PACK_FORMAT", "a stream has a code that is not known", where=file.path)
             for name, start, stop in stream["parts"]:
                 if name not in self.infos or not width or self.infos[name][0] != stream["dtype"]:
                     raise ConverterError("E_PACK_FORMAT", "a stream is of no tensor of the package", where=file.path)
@@ -120,13 +123,15 @@ class _Decoder:
             stream = self.streams[number]
             pieces = [Piece(name=n, start=a, stop=b) for n, a, b in stream["parts"]]
             count = sum(piece.stop - piece.start for piece in pieces)
+            width = DTYPES[stream["dtype"]] // 8
+            planes = [self.file.data(f"{number}/{i}") for i in range(width)]
             if stream["codec"] == "egd":
-                planes = self.file.data(f"{number}/0"), self.file.data(f"{number}/1")
                 words = gather_old(self.old, pieces, self.infos)
-                data = egd.decode(words, *planes, egd.MANTISSA[stream["dtype"]]).view(np.uint8)
+                data = egd.decode(words, planes[0], planes[1], egd.MANTISSA[stream["dtype"]]).view(np.uint8)
             else:
-                width = DTYPES[stream["dtype"]] // 8
-                data = egd.decode_planes([self.file.data(f"{number}/{i}") for i in range(width)], count * width)
+                data = egd.decode_planes(planes, count * width)
+                if stream["codec"] == "xor":
+                    data = (data.view(np.uint16) ^ gather_old(self.old, pieces, self.infos)).view(np.uint8)
             self._last = (number, data)
         return self._last[1]
 

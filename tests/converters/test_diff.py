@@ -393,6 +393,23 @@ def test_a_packed_package_is_loaded_as_it_is(exact: tuple[Path, Path], hub: Loop
         deltahub.load(tmp_path / "packed", backbone=base)
 
 
+def test_what_stayed_in_place_is_coded_by_its_place(backbone: Make, tmp_path: Path) -> None:
+    """Half of the rows untouched, the others quite different: an exclusive or is the smaller code, and is taken."""
+    base = backbone("llama", dtype=torch.bfloat16)
+
+    def change(model: torch.nn.Module) -> None:
+        for layer in model.model.layers:
+            layer.mlp.gate_proj.weight[::2] = torch.randn(32, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    fine = tuned(base, "llama", change, torch.bfloat16)
+    diff(base, fine, tmp_path / "p")
+    pack(tmp_path / "p", tmp_path / "packed", backbone=base)
+    with TensorFile.open(tmp_path / "packed" / PACKED) as file:
+        assert {stream["codec"] for stream in json.loads(file.metadata["packed"])["streams"]} == {"xor"}
+    unpack(tmp_path / "packed", tmp_path / "again", backbone=base)
+    assert contents(tmp_path / "again") == contents(tmp_path / "p")
+
+
 def test_packing_twice_gives_the_same_bytes(exact: tuple[Path, Path], tmp_path: Path) -> None:
     base, package = exact
     pack(package, tmp_path / "one", backbone=base)
