@@ -1,8 +1,8 @@
 """The loader that users call: packages, folders of them for one pipeline, packed ones, and adapters of PEFT.
 
-An adapter becomes a package on the way. It says the name of its backbone and nothing that would identify it. What can be
-checked is checked (every tensor lands on a module of the right shape, every target is hit, the scale is told), and what
-cannot be is said: in a warning and in the report.
+An adapter becomes a package on the way. It says the name of its backbone and nothing that would identify it. What can
+be checked is checked (every tensor lands on a module of the right shape, every target is hit, the scale is told), and
+what cannot be is said: in a warning and in the report.
 """
 
 from __future__ import annotations
