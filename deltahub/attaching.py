@@ -90,6 +90,8 @@ def attach(
         HostError: a target cannot host the kind.
         InjectionError: the name is taken, or the delta conflicts with an active one.
     """
+    if not 0.0 <= dropout < 1.0:
+        raise UsageError("E_USAGE_DROPOUT", "dropout is a probability below 1", found=dropout)
     found = _kind(kind)
     name = found.name.rpartition(".")[2] if name is None else name
     chosen = by_default(model, found, exclude) if targets is None else choose(model, targets, exclude)
@@ -246,6 +248,8 @@ def _build(
         bound, specs = known[alike]
         check_bias(bound.ports, module, base, path)
         _check_place(bound, place, path)
+        if part.dropout and "output" not in bound.ports:
+            raise UsageError("E_USAGE_DROPOUT", f"kind {part.kind.name!r} sees no input to drop from", where=path)
         if place.source is not None:
             spanning.check_ports(part.kind.name, bound.ports, path)
     except KindError as error:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltahub.attending import Extra, joined
 from deltahub.bound import Bound, Site
-from deltahub.errors import HostError
+from deltahub.errors import HostError, InjectionError
 from deltahub.hosts import View
 from deltahub.merging import Change, blend
 from deltahub.places import Rows, with_parameters
@@ -109,6 +109,14 @@ class Plan:
         """The host itself, with the weighted sites' weight and bias."""
         if not self.weighted:
             return call(x)
+        for site in self.weighted:
+            if site.dropout and site.training:
+                raise InjectionError(
+                    "E_INJECTION_DROPOUT",
+                    "a delta trains with dropout, and another on the same module reads the weight that it changes",
+                    where=site.path,
+                    hint="attach it without dropout, or after the other",
+                )
         slot, view = self.slot, self.slot.view
         weight, bias = slot.transformed(module, self.weighted)
         if shared(module.weight):
