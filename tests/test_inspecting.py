@@ -190,6 +190,41 @@ def test_pictures(tmp_path: Path, package: tuple[Path, Path]) -> None:
     assert to_svg(inspect(package[0])) == text
 
 
+def test_a_picture_in_pixels(tmp_path: Path, package: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltahub.inspecting import drawing, to_png
+
+    pytest.importorskip("resvg_py")
+    png = tmp_path / "delta.png"
+    try:
+        run("inspect", package[0], "--png", png)
+    except AssertionError:
+        with pytest.raises(DeltaHubError, match="a font to write with"):  # a machine without any
+            to_png(inspect(package[0]))
+        return
+    data = png.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert int.from_bytes(data[16:20]) > 800
+    assert len(to_png(inspect(package[0]), zoom=2.0)) > len(data)
+    monkeypatch.setattr(drawing, "_FONTS", {sys.platform: "No Such Font At All"})
+    with pytest.raises(DeltaHubError, match="E_USAGE_PICTURE"):
+        to_png(inspect(package[0]))
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(DeltaHubError, match=r"deltahub\[png\]"):
+        to_png(inspect(package[0]))
+
+
+def test_seven_billion_parameters_without_one_of_them(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig()  # the first Llama of that size
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    found = inspect(tmp_path)
+    assert isinstance(found, Structure)
+    assert found.parameters == 6_738_415_616
+    assert "0-31 (LlamaDecoderLayer) 32 × 202.4 M" in str(found)
+
+
 def test_nothing_in_a_name_reaches_the_terminal() -> None:
     model = nn.Module()
     model._modules["\x1b[2J[red]"] = nn.Linear(2, 2)

@@ -39,6 +39,7 @@ def inspect(
     ] = None,
     whole: Annotated[bool, typer.Option("--whole", help="Show a package inside the backbone that it names.")] = False,
     svg: Annotated[Path | None, typer.Option(help="Write the tree as a picture, too.", metavar="FILE")] = None,
+    png: Annotated[Path | None, typer.Option(help="The same picture as pixels.", metavar="FILE")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the explorer's page, too.", metavar="FILE")] = None,
     revision: Revision = None,
     endpoint: Endpoint = None,
@@ -57,7 +58,7 @@ def inspect(
     No weights are fetched: a backbone's architecture is built without values.
     """
     from deltahub.inspecting import inspect as run
-    from deltahub.inspecting import to_svg, to_text
+    from deltahub.inspecting import to_png, to_svg, to_text
 
     found = run(
         source,
@@ -71,6 +72,8 @@ def inspect(
     )
     if svg is not None:
         svg.write_text(to_svg(found), encoding="utf-8")
+    if png is not None:
+        png.write_bytes(to_png(found))
     if html is not None:
         from deltahub.explorer import page
 

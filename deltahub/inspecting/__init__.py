@@ -17,6 +17,7 @@ __all__ = [
     "Structure",
     "fold",
     "inspect",
+    "to_png",
     "to_svg",
     "to_text",
 ]
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from deltahub.errors import BackboneError, DeltaHubError, HubError
+from deltahub.inspecting.drawing import as_png as to_png
 from deltahub.inspecting.drawing import as_svg as to_svg
 from deltahub.inspecting.drawing import as_text as to_text
 from deltahub.inspecting.packages import Inspection, ModuleSummary, headers_of, inspect_package, sites_of

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["as_svg", "as_text", "drawn"]
+__all__ = ["as_png", "as_svg", "as_text", "drawn"]
 
 import io
 import re
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from deltahub.errors import printable
+from deltahub.errors import UsageError, printable
 from deltahub.inspecting.structure import Group, SiteSummary, fold
 
 if TYPE_CHECKING:
     from rich.console import Group as Renderables
     from rich.text import Text
 
-    from deltahub.inspecting.packages import Inspection
+    from deltahub.inspecting.packages import Inspection, ModuleSummary
     from deltahub.inspecting.structure import Structure
 
 _WIDE = 400
@@ -42,6 +43,40 @@ def as_svg(found: Inspection | Structure, *, width: int = 120) -> str:
     console.print(drawn(found))
     plain = re.sub(r"@font-face \{\{.*?\}\}\s*|<!--.*?-->\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
     return str(console.export_svg(title=printable(found.source) or "deltahub", code_format=plain, unique_id="deltahub"))
+
+
+_FONTS = {"darwin": "Menlo", "win32": "Consolas"}
+_LETTER = (
+    '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="40">'
+    '<text x="4" y="30" font-family="monospace">M</text></svg>'
+)
+
+
+def as_png(found: Inspection | Structure, *, width: int = 120, zoom: float = 1.0) -> bytes:
+    """The same picture as pixels, in this machine's own font for code.
+
+    Args:
+        found: what to draw.
+        width: characters in a line.
+        zoom: how many pixels a unit of the SVG gets.
+
+    Raises:
+        UsageError: ``E_USAGE_PICTURE`` where the library for it is not installed, or there is no such font.
+    """
+    try:
+        import resvg_py
+    except ImportError:
+        raise UsageError(
+            "E_USAGE_PICTURE", "a PNG needs `resvg-py`", hint='pip install "deltahub[png]", or write an SVG'
+        ) from None
+    font = _FONTS.get(sys.platform, "DejaVu Sans Mono")
+
+    def pixels(svg: str, scale: float) -> bytes:
+        return bytes(resvg_py.svg_to_bytes(svg_string=svg, zoom=scale, monospace_family=font))
+
+    if pixels(_LETTER, 1) == pixels(_LETTER.replace("M<", "<"), 1):
+        raise UsageError("E_USAGE_PICTURE", "a PNG needs a font to write with", expected=font, hint="write an SVG")
+    return pixels(as_svg(found, width=width).replace("Fira Code, monospace", "monospace"), zoom)
 
 
 def count(number: float) -> str:
@@ -73,6 +108,15 @@ def drawn(found: Inspection | Structure) -> Renderables:
     if left[0] <= 0:
         tree.add(_text(("… cut here", "dim")))
     return Renderables(*lines, _text(""), tree)
+
+
+def _where(module: ModuleSummary) -> str:
+    """A module's targets, and which part of them it is on."""
+    rows, stack = module.part.get("rows"), module.part.get("stack")
+    text = " ".join(module.targets)
+    if rows:
+        text += f" (outputs {rows['start']} to {rows['stop'] - 1} of every {rows['period']})"
+    return text + (f" (each of {stack})" if stack else "")
 
 
 def _text(*parts: str | tuple[str, str]) -> Text:
@@ -121,7 +165,7 @@ def _package_head(found: Inspection) -> Iterator[Text]:
     yield _row("probe", "yes" if found.probe else "no")
     yield _text("")
     head = ("module", "kind", "sites", "parameters", "targets")
-    rows = [(m.name, f"{m.kind}@{m.version}", m.sites, f"{m.parameters:,}", " ".join(m.targets)) for m in found.modules]
+    rows = [(m.name, f"{m.kind}@{m.version}", m.sites, f"{m.parameters:,}", _where(m)) for m in found.modules]
     cells = [[str(cell) for cell in row] for row in [head, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head) - 1)]
     for n, row in enumerate(cells):
