@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from deltahub.package import Package
 
-__all__ = ["PFEIFFER", "import_", "sniff"]
+__all__ = ["PFEIFFER", "export_", "import_", "sniff"]
 
 EXTENSION = "ml.adapterhub"
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
@@ -119,6 +119,13 @@ def import_(
         base.close()
 
 
+def export_(package: Package | str | os.PathLike[str], out: str | os.PathLike[str], **options: Any) -> Path:
+    """Make an adapter of AdapterHub out of a package; see :func:`deltahub.converters.adapterhub_writing.export_`."""
+    from deltahub.converters.adapterhub_writing import export_ as write
+
+    return write(package, out, **options)
+
+
 def _configs(document: Mapping[str, Any], where: object) -> dict[str, list[dict[str, Any]]]:
     """The configurations by type of method; a union has several."""
     config = document["config"]
@@ -198,7 +205,7 @@ def _live(path: str, base: Base, names: set[str], kind: str) -> str:
     Some models hold their adapters in a module of the library's own; its place is kept, and the layer has to be there.
     """
     root, _, last = path.rpartition(".")
-    own = last if kind == "refts" or last.endswith("_adapters") else ""
+    own = last if kind in {"refts", "prefix_gates"} or last.endswith("_adapters") else ""
     path = root if own else path
     prefix = str(getattr(base.arch.model, "base_model_prefix", "") or "")
     for one in (path, f"{prefix}.{path}", path.removeprefix(f"{prefix}.")):
@@ -225,8 +232,8 @@ def _entries(configs: Mapping[str, list[dict[str, Any]]], found: _Found, base: B
             entries += loras(own[0], parts, found.shared, base)
         elif kind == "refts":
             entries += refts(own[0], parts, where)
-        else:
-            entries += prefixes(own[0], parts, base, where)
+        elif kind == "prefix_tunings":
+            entries += prefixes(own[0], parts, found.parts.get("prefix_gates", {}), base, where)
     if found.invertible:
         config = next((one for one in configs.get("adapters", ()) if one.get("inv_adapter")), {})
         entries += invertible(config, dict(found.invertible), base, where)

@@ -126,29 +126,25 @@ def _ia3(path: str, part: Mapping[str, Tensor], config: Mapping[str, Any], base:
     return Entry(path=path, kind="ia3", config={"axis": "out"}, tensors={"gain": gain})
 
 
-def prefixes(
-    config: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]], base: Base, where: object
-) -> list[Entry]:
+def prefixes(config: Mapping[str, Any], parts: Parts, gates: Parts, base: Base, where: object) -> list[Entry]:
     """Keys and values of all layers, which are shared out here.
 
     Args:
         config: of the prefix.
         parts: tensors by the name of the place: ``self_prefix``, ``encoder_prefix``, ``cross_prefix``.
+        gates: tensors of gates by the path of what they hang under, ``….prefix_tuning``.
         base: the backbone.
         where: the file.
     """
-    if config.get("use_gating"):
-        raise ConverterError(
-            "E_CONVERT_UNSUPPORTED", "a gate on keys and values, which a prefix cannot read", where=where
-        )
     entries: list[Entry] = []
+    left = dict(gates)
     for place, part in parts.items():
         sites = _attentions(place, config, base)
         _check_positions(sites, place, base)
         length = int(config.get("prefix_length") or 0)
         flat = _flat(dict(part), config, f"{where}: {place}").reshape(-1)
-        width, left = divmod(flat.numel(), max(1, 2 * length * len(sites)))
-        if left or not sites:
+        width, over = divmod(flat.numel(), max(1, 2 * length * len(sites)))
+        if over or not sites:
             raise ConverterError(
                 "E_CONVERT_SHAPE",
                 "these are not the keys and values of this backbone's attentions",
@@ -159,8 +155,24 @@ def prefixes(
         layers = flat.view(length, len(sites), 2, width)
         for i, site in enumerate(sites):
             tensors = {"key": layers[:, i, 0].contiguous(), "value": layers[:, i, 1].contiguous()}
-            entries.append(Entry(path=site, kind="prefix", config={"length": length}, tensors=tensors))
+            gate = left.pop(site, None)
+            if bool(config.get("use_gating")) != (gate is not None):
+                raise ConverterError("E_CONVERT_MISSING", "a gate is missing, or too many", where=site)
+            kind = "prefix" if gate is None else "gated-prefix"
+            tensors |= {} if gate is None else _gate(gate, site)
+            entries.append(Entry(path=site, kind=kind, config={"length": length}, tensors=tensors))
+    if left:
+        raise ConverterError("E_CONVERT_SURPLUS", "gates of no prefix", where=where, found=", ".join(sorted(left)))
     return entries
+
+
+def _gate(part: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """One number for keys and values alike."""
+    if part.keys() != {"weight", "bias"} or part["weight"].shape[0] != 1:
+        raise ConverterError(
+            "E_CONVERT_UNSUPPORTED", "keys and values have gates of their own", where=where, found=sorted(part)
+        )
+    return {"gate": part["weight"].reshape(-1), "gate_bias": part["bias"]}
 
 
 def _flat(part: dict[str, Tensor], config: Mapping[str, Any], where: str) -> Tensor:

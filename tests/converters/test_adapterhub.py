@@ -18,6 +18,7 @@ from deltahub.errors import DeltaHubError
 from tests.models import bert_classifier, gpt2, ids
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 BOTTLENECK = {
     "mh_adapter": False, "output_adapter": True, "reduction_factor": 4, "non_linearity": "relu",
     "original_ln_before": True, "original_ln_after": True, "residual_before_ln": True, "scaling": 1.0,
@@ -301,3 +302,50 @@ def test_heads_and_coupled_embeddings(tmp_path: Path) -> None:
 def _with_head(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
     torch.save(dict(tensors), folder / "pytorch_model_head.bin")
     return folder
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3", "pfeiffer"])
+def test_there_and_back(name: str, tmp_path: Path) -> None:
+    """Exported again, the library's own file has the same tensors and means the same."""
+    from deltahub.converters import export_
+    from deltahub.tensors import TensorFile
+
+    folder, base = FIXTURES / "adapters" / name, FIXTURES / "adapters" / "backbone"
+    package = import_(folder, tmp_path / "p", backbone=base)
+    export_(package, tmp_path / "out", to="adapterhub", backbone=base, name=json.loads(
+        (folder / "adapter_config.json").read_text(encoding="utf-8"))["name"])  # fmt: skip
+    one, two = (TensorFile.read(path / "adapter.safetensors").tensors() for path in (folder, tmp_path / "out"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    theirs, ours = (
+        json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["config"]
+        for path in (folder, tmp_path / "out")
+    )
+    assert all(theirs[key] == value for key, value in ours.items())
+
+
+def test_what_it_cannot_say_is_not_written(tmp_path: Path) -> None:
+    from deltahub.converters import export_
+
+    model = bert_classifier()
+    cases: list[tuple[str, Any, dict[str, Any]]] = [
+        ("lora", "layer.0.attention.self.query", {"rank": 2}),
+        ("lora", ["layer.0.attention.self.query", "layer.1.attention.self.value"], {"rank": 2}),
+        ("lora", "classifier", {"rank": 2}),
+        ("adapter", "attention.self.query", {"bottleneck": 4}),
+        ("compacter", "layer.*.output.dense", {"bottleneck": 4, "division": 2}),
+    ]
+    for i, (kind, targets, config) in enumerate(cases):
+        delta = deltahub.attach(model, kind, targets, **config)
+        delta.save(tmp_path / f"p{i}")
+        delta.detach()
+        out = tmp_path / f"out{i}"
+        if i == 0:  # a configuration leaves layers out
+            export_(tmp_path / "p0", out, to="adapterhub", backbone=bert_classifier())
+            found = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))["config"]
+            assert (found["attn_matrices"], found["leave_out"]) == (["q"], [1])
+            continue
+        with pytest.raises(DeltaHubError) as caught:
+            export_(tmp_path / f"p{i}", out, to="adapterhub", backbone=bert_classifier())
+        assert caught.value.code == "E_CONVERT_EXPORT"
+        assert not out.exists()
