@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["FORMS", "LOSSY", "Form", "Option", "best", "options", "weight_entry"]
+__all__ = ["FORMS", "LOSSY", "Form", "Option", "best", "options", "pending", "weight_entry"]
 
 LOSSY = ("lowrank", "sparse", "dare", "sign", "int8")
 FORMS = ("exact", "dense", *LOSSY, "auto")
