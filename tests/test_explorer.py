@@ -1,4 +1,7 @@
-"""The explorer: a page that asks nobody for anything, served to one browser, and used in one."""
+"""The explorer: a page that asks nobody for anything, served to one browser, and used in one.
+
+The tests in a browser need chromium and chromedriver (`apt-get install chromium-driver`) and `pip install selenium`.
+"""
 
 from __future__ import annotations
 
