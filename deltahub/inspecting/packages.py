@@ -6,7 +6,7 @@ __all__ = ["Inspection", "ModuleSummary", "inspect_package", "sites_of"]
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ class ModuleSummary:
         sites: how many paths these stand for.
         parameters: how many numbers its tensors hold.
         size: bytes of its tensors.
+        part: which part of its hosts it is on: their ``rows``, the ``stack`` that they are.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ModuleSummary:
     sites: int
     parameters: int
     size: int
+    part: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
@@ -127,6 +129,7 @@ def inspect_package(pulled: PulledPackage, *, source: str, root: Node | None = N
             sites=len(module.paths),
             parameters=numbers[module.name],
             size=sizes[module.name],
+            part=module.model_dump(include={"rows", "stack"}),
         )
         for module in manifest.modules
     )
