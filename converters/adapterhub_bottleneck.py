@@ -22,7 +22,7 @@ _VIRTUAL = {"attention_adapters": "mh_adapter", "output_adapters": "output_adapt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class _Place:
     """Where in a layer a bottleneck sits.
 
     Attributes:
@@ -60,7 +60,7 @@ _PLACES: Mapping[tuple[str, str], tuple[str, str | None, str | None, str | None]
 }
 
 
-def _place(path: str, base: Base) -> Place:
+def _place(path: str, base: Base) -> _Place:
     """Where the bottleneck of a key sits; of parts of BERT's layers, that they have one linear layer and one norm."""
     model = base.arch.model
     root, _, last = path.rpartition(".")
@@ -70,7 +70,7 @@ def _place(path: str, base: Base) -> Place:
     for name, found in _PLACES.items():
         if name[0] == cls and name[1] == (flag or name[1]):
             linear, norm, whole, source = found
-            return Place(
+            return _Place(
                 flag=name[1],
                 linear=f"{root}.{linear}",
                 norm=f"{root}.{norm}" if norm else None,
@@ -79,7 +79,7 @@ def _place(path: str, base: Base) -> Place:
             )
     attention = root.endswith(".attention.output")
     layer = root.removesuffix(".output")
-    return Place(
+    return _Place(
         flag="mh_adapter" if attention else "output_adapter",
         linear=_child(root, base, "linear"),
         norm=_child(root, base, "norm"),
@@ -155,7 +155,7 @@ def _unsupported(where: str, flag: str, why: str) -> ConverterError:
     return ConverterError("E_CONVERT_UNSUPPORTED", f"{flag}: {why}", where=where)
 
 
-def _host(path: str, place: Place, config: Mapping[str, Any]) -> tuple[str, bool]:
+def _host(path: str, place: _Place, config: Mapping[str, Any]) -> tuple[str, bool]:
     """The module that a bottleneck is a function of, and whether that is the layer's norm, run twice."""
     before, after = bool(config.get("original_ln_before")), bool(config.get("original_ln_after", True))
     residual = config.get("residual_before_ln", True)
@@ -173,7 +173,7 @@ def _host(path: str, place: Place, config: Mapping[str, Any]) -> tuple[str, bool
     raise _unsupported(path, "residual_before_ln", "the residual is taken where no module gives it")
 
 
-def _parallel(place: Place, config: Mapping[str, Any], values: Mapping[str, Tensor]) -> Entry:
+def _parallel(place: _Place, config: Mapping[str, Any], values: Mapping[str, Tensor]) -> Entry:
     """From what the sublayer's residual is to what the sublayer gives."""
     tensors = dict(values)
     scale = float(tensors.pop("scale")) if "scale" in tensors else 1.0
