@@ -54,7 +54,7 @@ def test_a_report_says_what_was_missed(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_readme_shows_how_every_kind_was_trained() -> None:
-    """A new kind says in ``benchmarks/kinds.py`` how it is trained; ``python -m benchmarks.kinds NAME`` adds its row."""
+    """A new kind says in ``benchmarks/kinds.py`` how it is trained; ``python -m benchmarks.kinds NAME`` adds a row."""
     known = training.SETTINGS.keys() | training.ABSENT.keys()
     assert set(kinds.names()) <= known
     assert not training.SETTINGS.keys() & training.ABSENT.keys()
@@ -75,6 +75,7 @@ def test_an_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> 
     assert "speed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fresh_processes_take_turns_on_equal_work() -> None:
     from deltahub.benching.turns import contest
 
@@ -110,6 +111,7 @@ def test_a_process_that_fails_says_why() -> None:
     assert "KeyError" in str(caught.value.found)
 
 
+@pytest.mark.filterwarnings("ignore")  # peft's own
 def test_both_sides_hold_the_same_numbers() -> None:
     import torch
 
