@@ -131,7 +131,7 @@ def export_onnx(
         from deltahub.converters.onnx.swapping import export_swappable
 
         return export_swappable(
-            source, out, task=task, opset=opset, tolerance=tolerance, overwrite=overwrite, **loading
+            source, out, task=task, graphs=graphs, opset=opset, tolerance=tolerance, overwrite=overwrite, **loading
         )
     clock = Clock()
     wanted = checked_dtype(dtype)
@@ -157,14 +157,14 @@ def _export(
         opset = opset or min((one.opset or OPSET for one in chosen), default=OPSET)
         with merged(model, merge=form == "merged", forever=subject.owned):
             with clock("trace"):
-                key = None if graphs is not None else structure(model, live_sites(model), task)
-                traces = [trace(model, one, opset=opset, dtype=dtype, key=key) for one in chosen]
+                known_task = None if graphs is not None else task
+                traces, filled = traced(model, chosen, form=form, task=known_task, opset=opset, dtype=dtype)
             with clock("write"):
-                data = write_data(folder, values_of(model), traces, None)
+                data = write_data(folder, {**values_of(model), **filled}, traces, None)
                 carry(model, folder)
                 said = metadata_of(subject, form=form, task=task, opset=opset)
-                for one, traced in zip(chosen, traces, strict=True):
-                    write_model(folder / one.file, traced, data, said)
+                for one, made in zip(chosen, traces, strict=True):
+                    write_model(folder / one.file, made, data, said)
         release(subject)
         del model
         with clock("proof"):
@@ -176,6 +176,20 @@ def _export(
         )  # fmt: skip
         write_report(folder, result, chosen, traces, data, subject.facts, opset=opset, dtype=dtype)
     return result
+
+
+def traced(
+    model: nn.Module, graphs: Sequence[Graph], *, form: str, task: str | None, opset: int, dtype: torch.dtype
+) -> tuple[list[Traced], dict[str, torch.Tensor]]:
+    """The graphs of a model, and the values that are weights of theirs without being tensors of it."""
+    if form == "live" and task is not None and dtype == torch.float32:
+        from deltahub.converters.onnx.fixing import trace_fixed
+
+        found = trace_fixed(model, graphs, task=task, opset=opset)
+        if found is not None:
+            return found
+    key = None if task is None else structure(model, live_sites(model), task)
+    return [trace(model, one, opset=opset, dtype=dtype, key=key) for one in graphs], {}
 
 
 def notes_of(known: Sequence[Case], change: float, parity: Sequence[Parity]) -> tuple[str, ...]:

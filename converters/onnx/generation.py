@@ -1,4 +1,4 @@
-"""Text from a decoder: the cache of keys and values goes round from outputs to inputs."""
+"""Text from a decoder: the cache of keys and values goes round from outputs to inputs, on the device."""
 
 from __future__ import annotations
 
@@ -86,15 +86,16 @@ def generate(
     running = np.ones(len(ids), bool)
     step, whole = ids, [ids]
     cache: dict[str, Any] = {}
+    presents = [name for name in session.outputs if name.startswith(_PRESENT)]
     for _ in range(max_new_tokens):
-        out = session.run({"input_ids": step, "attention_mask": mask, **cache})
+        out, left = session.run_held({"input_ids": step, "attention_mask": mask}, cache, presents)
         token = out["logits"][:, -1].argmax(-1).astype(np.int64)
         token = np.where(running, token, pad_token_id)
         running &= ~np.isin(token, list(ends))
         step = token[:, None]
         whole.append(step)
         mask = np.concatenate([mask, np.ones_like(step)], 1)
-        cache = {_PAST + name.removeprefix(_PRESENT): v for name, v in out.items() if name.startswith(_PRESENT)}
+        cache = {_PAST + name.removeprefix(_PRESENT): value for name, value in left.items()}
         if not running.any():
             break
     return np.concatenate(whole, 1)

@@ -27,12 +27,14 @@ class Input:
         dims: its axes: a number, a name, or a sum of names such as ``past_sequence_length + sequence_length``.
         values: what fills it when it is tried: ``ids``, ``types``, ``mask``, ``positions``, ``steps`` or ``float``.
         limit: ids and steps are below this.
+        like: what it is traced with, where random values make no sense.
     """
 
     name: str
     dims: tuple[Dim, ...]
     values: str = "float"
     limit: int = 2
+    like: Tensor | None = None
 
     def shape(self, sizes: Sizes) -> tuple[int, ...]:
         return tuple(count(dim, sizes) for dim in self.dims)
@@ -126,7 +128,8 @@ class Graph:
             return None
         kept = torch.as_tensor(mask).bool()
         rank = len(output.dims)
-        length = inputs["input_ids"].shape[1] if "past" not in "".join(map(str, output.dims)) else kept.shape[1]
+        fresh = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+        length = fresh.shape[1] if "past" not in "".join(map(str, output.dims)) else kept.shape[1]
         kept = kept[:, kept.shape[1] - length :]
         shape = [1] * rank
         shape[0], shape[output.tokens] = kept.shape
@@ -142,6 +145,8 @@ def _sample(
     *,
     left: bool,
 ) -> Tensor:
+    if one.like is not None:
+        return one.like.detach().clone()
     if one.values in {"ids", "types", "steps"}:
         return torch.randint(1 if one.limit > 3 else 0, one.limit, shape, generator=generator)
     if one.values == "mask":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deltahub.converters.onnx.graphs import Graph, Input, Output
 
-__all__ = ["cache_names", "seq2seq", "text_generation"]
+__all__ = ["cache_names", "read_cache", "seq2seq", "states_of", "text_generation"]
 
 _BATCH, _LENGTH, _PAST = "batch_size", "sequence_length", "past_sequence_length"
 _TOTAL = f"{_PAST} + {_LENGTH}"
@@ -33,12 +33,17 @@ def _heads(config: Any, *, decoder: bool = False) -> tuple[int, int, int]:
     return int(layers), int(kept), int(width)
 
 
+def _words(config: Any) -> int:
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return int(text.vocab_size)
+
+
 def text_generation(model: Any, *, past: bool) -> list[Graph]:
     """A decoder: one graph serves the prompt (a past of length 0) and every further token."""
     layers, heads, width = _heads(model.config)
     total = _TOTAL if past else _LENGTH
     inputs = [
-        Input(name="input_ids", dims=(_BATCH, _LENGTH), values="ids", limit=model.config.vocab_size),
+        Input(name="input_ids", dims=(_BATCH, _LENGTH), values="ids", limit=_words(model.config)),
         Input(name="attention_mask", dims=(_BATCH, total), values="mask"),
     ]
     if "position_ids" in inspect.signature(model.forward).parameters:
@@ -72,12 +77,12 @@ def _call_decoder(layers: int, model: nn.Module, inputs: dict[str, Tensor]) -> l
     given = {name: value for name, value in inputs.items() if not name.startswith("past_key_values.")}
     if not layers:
         return [model(**given, use_cache=False).logits]
-    cache = _cache(inputs, layers, "past_key_values")
+    cache = read_cache(inputs, layers, "past_key_values")
     out = model(**given, past_key_values=cache, use_cache=True)
-    return [out.logits, *_states(out.past_key_values)]
+    return [out.logits, *states_of(out.past_key_values)]
 
 
-def _cache(inputs: Mapping[str, Tensor], layers: int, prefix: str, middle: str = "") -> Any:
+def read_cache(inputs: Mapping[str, Tensor], layers: int, prefix: str, middle: str = "") -> Any:
     from transformers import DynamicCache
 
     names = cache_names(layers, prefix, middle)
@@ -85,7 +90,7 @@ def _cache(inputs: Mapping[str, Tensor], layers: int, prefix: str, middle: str =
     return DynamicCache(list(zip(values[::2], values[1::2], strict=True)))
 
 
-def _states(cache: Any) -> list[Tensor]:
+def states_of(cache: Any) -> list[Tensor]:
     return [state for layer in cache.layers for state in (layer.keys, layer.values)]
 
 
@@ -160,14 +165,14 @@ def _call_first(layers: int, model: Any, inputs: dict[str, Tensor]) -> list[Tens
         use_cache=True,
     )
     made = out.past_key_values
-    return [out.logits, *_states(made.self_attention_cache), *_states(made.cross_attention_cache)]
+    return [out.logits, *states_of(made.self_attention_cache), *states_of(made.cross_attention_cache)]
 
 
 def _call_next(layers: int, model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
     from transformers import EncoderDecoderCache
 
-    own = _cache(inputs, layers, "past_key_values", ".decoder")
-    cross = _cache(inputs, layers, "past_key_values", ".encoder")
+    own = read_cache(inputs, layers, "past_key_values", ".decoder")
+    cross = read_cache(inputs, layers, "past_key_values", ".encoder")
     # What the encoder said is in the cache; the decoder asks only how long it was.
     length = inputs["encoder_attention_mask"]
     states = length.new_zeros((*length.shape, model.config.hidden_size), dtype=own.layers[0].keys.dtype)
@@ -178,4 +183,4 @@ def _call_next(layers: int, model: Any, inputs: dict[str, Tensor]) -> list[Tenso
         past_key_values=EncoderDecoderCache(own, cross),
         use_cache=True,
     )
-    return [out.logits, *_states(out.past_key_values.self_attention_cache)]
+    return [out.logits, *states_of(out.past_key_values.self_attention_cache)]

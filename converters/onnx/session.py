@@ -12,7 +12,7 @@ import numpy as np
 from deltahub.converters.onnx import generation
 from deltahub.converters.onnx.external import check_digest, check_graph, read_graph
 from deltahub.converters.onnx.providers import PROVIDERS, Choice, choose, open_session
-from deltahub.converters.onnx.slots import Slot, slot_name, together
+from deltahub.converters.onnx.slots import Slot, check_delta, check_order, together
 from deltahub.converters.onnx.swapping import DELTAS, read_report, slots_in
 from deltahub.errors import ConverterError
 
@@ -40,7 +40,8 @@ class Session:
         file: the graph; the only one, or the decoder, by default.
         threads: of the CPU.
         verify: compare the files with the digests of the export.
-        options: provider options, such as ``{"device_id": 1}``.
+        options: provider options, such as ``{"device_id": 1}``, or ``{"enable_cuda_graph": 1}`` for a graph whose
+            inputs keep their sizes.
 
     Attributes:
         folder: the export.
@@ -74,6 +75,8 @@ class Session:
         if running != PROVIDERS[self.choice.provider]:
             raise ConverterError("E_ONNX_PROVIDER", "the graph does not run where it should",
                                  expected=self.choice.provider, found=running)  # fmt: skip
+        self._device = "cuda" if self.choice.provider in {"cuda", "tensorrt"} else "cpu"
+        self._number = int((options or {}).get("device_id", 0)) if self._device == "cuda" else 0
         self._slots: dict[str, Slot] = {k: v for k, v in slots_in(self.report, self.folder).items() if v.used}
         self.inputs = {
             one.name: (one.type, tuple(one.shape)) for one in self._session.get_inputs() if one.name not in self._slots
@@ -109,20 +112,10 @@ class Session:
         """
         chosen = [self._values(name) for name in dict.fromkeys(names)]
         if len(chosen) > 1:
-            self._check_sum(chosen, names)
+            check_order(self._slots, chosen, names)
         self._active = chosen[0] if len(chosen) == 1 else together(self._slots, chosen)
         self._names = tuple(dict.fromkeys(names))
         return self
-
-    def _check_sum(self, chosen: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
-        """Low-rank updates and biases of one host add up; adapters at one place would have to follow each other."""
-        seen: set[str] = set()
-        for one in chosen:
-            adapters = {name for name in one if self._slots[name].kind == "adapter"}
-            if adapters & seen:
-                raise ConverterError("E_ONNX_SLOT", "two adapters at one place act one after the other: no sum",
-                                     where=min(adapters & seen), found=", ".join(names))  # fmt: skip
-            seen |= adapters
 
     def _values(self, name: str) -> dict[str, NDArray[Any]]:
         found = self._loaded.get(name)
@@ -140,39 +133,13 @@ class Session:
         with TensorFile.read(path) as file:
             for name, info in file.items():
                 slot = self._slots.get(name)
-                shape = info.shape
-                fits = slot is not None and len(slot.shape) == len(shape)
-                if (
-                    slot is None
-                    or not fits
-                    or info.dtype != "F32"
-                    or any(want not in {None, got} for want, got in zip(slot.shape, shape, strict=True))
-                ):
+                if slot is None or not slot.fits(info.shape, info.dtype):
                     raise ConverterError("E_ONNX_SLOT", "a tensor of this file has no slot in the graph", where=path,
-                                         expected=None if slot is None else list(slot.shape),
-                                         found=f"{name} {info.dtype} {list(shape)}")  # fmt: skip
+                                         expected=None if slot is None else [slot.dtype, *slot.shape],
+                                         found=f"{name} {info.dtype} {list(info.shape)}")  # fmt: skip
                 values[name] = file.torch(name).numpy().copy()
-        self._check_ranks(values, path)
+        check_delta(self._slots, {name: value.shape for name, value in values.items()}, path)
         return values
-
-    def _check_ranks(self, values: Mapping[str, NDArray[Any]], path: Path) -> None:
-        """Sizes that are open must agree at one host, and its tensors must all be there."""
-        by_host: dict[tuple[str, str], set[str]] = {}
-        for name in values:
-            slot = self._slots[name]
-            by_host.setdefault((slot.kind, slot.path), set()).add(slot.tensor)
-        wanted: dict[tuple[str, str], set[str]] = {}
-        for slot in self._slots.values():
-            wanted.setdefault((slot.kind, slot.path), set()).add(slot.tensor)
-        for (kind, host), tensors in by_host.items():
-            sizes = set()
-            for tensor in tensors:
-                name = slot_name(kind, host, tensor)
-                open_axes = [i for i, n in enumerate(self._slots[name].shape) if n is None]
-                sizes |= {values[name].shape[i] for i in open_axes}
-            if len(sizes) > 1 or tensors != wanted[kind, host]:
-                raise ConverterError("E_ONNX_SLOT", "the tensors of one host do not go together", where=path,
-                                     found=f"{kind} at {host}: {sorted(tensors)}, sizes {sorted(sizes)}")  # fmt: skip
 
     # --- running
     def run(
@@ -211,13 +178,47 @@ class Session:
             raise ConverterError("E_ONNX_RUNTIME", f"ONNX Runtime cannot run this: {error}", where=self.file) from error
         return dict(zip(names, found, strict=True))
 
-    def _feeds(self, inputs: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
+    def run_held(
+        self, inputs: Mapping[str, ArrayLike], held: Mapping[str, Any], keep: Sequence[str]
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Run the graph once with inputs that lie on the device already, and leave outputs there.
+
+        Args:
+            inputs: by name, as for :meth:`run`.
+            held: what an earlier run left, by the names of inputs.
+            keep: names of outputs that stay on the device.
+
+        Returns:
+            The other outputs as arrays, and those that stay as values of ONNX Runtime, by name.
+
+        Raises:
+            ConverterError: as :meth:`run`.
+        """
+        import onnxruntime
+
+        binding = self._session.io_binding()
+        for name, array in {**self._feeds(inputs, held), **self.feeds_of_deltas}.items():
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+        for name, value in held.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self.outputs:
+            binding.bind_output(name, self._device if name in keep else "cpu", self._number if name in keep else 0)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise ConverterError("E_ONNX_RUNTIME", f"ONNX Runtime cannot run this: {error}", where=self.file) from error
+        values = dict(zip(self.outputs, binding.get_outputs(), strict=True))
+        arrays = {name: value.numpy() for name, value in values.items() if name not in keep}
+        return arrays, {name: values[name] for name in keep}
+
+    def _feeds(self, inputs: Mapping[str, ArrayLike], held: Mapping[str, Any] | None = None) -> dict[str, NDArray[Any]]:
         unknown = [name for name in inputs if name not in self.inputs]
         if unknown:
             raise ConverterError("E_ONNX_INPUT", "the graph has no such input", found=", ".join(unknown),
                                  expected=", ".join(self.inputs))  # fmt: skip
-        given = {**inputs, **generation.usual(self.inputs, inputs)}
-        missing = [name for name in self.inputs if name not in given and name not in self._defaults]
+        wanted = {name: said for name, said in self.inputs.items() if name not in (held or {})}
+        given = {**inputs, **generation.usual(wanted, inputs)}
+        missing = [name for name in wanted if name not in given and name not in self._defaults]
         if missing:
             raise ConverterError("E_ONNX_INPUT", "the graph needs another input", expected=", ".join(missing))
         feeds: dict[str, NDArray[Any]] = {}

@@ -2,18 +2,18 @@
 
 A slot is a tensor of a kind at a host, made an input of the graph with a neutral default: usually of size 0, so that a
 graph without a delta computes as good as nothing more. Sizes such as a rank stay open. A number in the kind's config
-that multiplies is folded into the tensors when a delta is put in, so that one graph serves them all.
+that multiplies is folded into the tensors when a delta is put in, so that one graph serves them all. What is open and
+what multiplies is found out from the kind's document and the host itself: :mod:`deltahub.converters.onnx.rules`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from deltahub.converters.onnx.graphs import Graph, Input
@@ -22,41 +22,10 @@ from deltahub.errors import ConverterError
 if TYPE_CHECKING:
     from deltahub.sites import Site
 
-__all__ = ["RULES", "Rule", "Slot", "filled", "neutral", "slot_name", "with_slots"]
+__all__ = ["STRENGTH", "Slot", "check_delta", "check_order", "filled", "slot_name", "together", "with_slots"]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rule:
-    """How a kind's tensors go into slots.
-
-    Attributes:
-        config: the config with which slots of the kind are made.
-        open: the config number that sizes may differ in, which no equation mentions.
-        scaled: tensors that the strength is multiplied into.
-        fixed: config values that a delta must have.
-        joined: tensors that several deltas are laid side by side in, with the axis; the others are added up.
-    """
-
-    config: Mapping[str, Any]
-    scaled: tuple[str, ...]
-    open: str | None = None
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    joined: Mapping[str, int] = field(default_factory=dict)
-
-
-RULES: Mapping[str, Rule] = MappingProxyType(
-    {
-        "lora": Rule(
-            config={"rank": 3, "scale": 1.0}, open="rank", scaled=("up", "bias"), fixed={"biased": False},
-            joined={"down": 0, "up": 1},
-        ),
-        "adapter": Rule(
-            config={"bottleneck": 3, "scale": 1.0}, open="bottleneck", scaled=("up", "up_bias"),
-            fixed={"residual": True, "layer_norm": False}, joined={"down": 0, "down_bias": 0, "up": 1},
-        ),
-        "bias": Rule(config={"scale": 1.0}, scaled=("value",)),
-    }
-)  # fmt: skip
+STRENGTH = "*"
+"""In :attr:`Slot.scales`, the strength of a whole delta."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,9 +38,13 @@ class Slot:
         config: config values that a delta in it must have.
         path: the host.
         tensor: the kind's tensor.
-        shape: its shape; ``None`` where it is open.
-        least: the size of open axes without a delta: 0, or 1 where a convolution must have a channel.
-        used: whether a graph has it; one of several models of a host, such as a VAE's encoder, may be in none.
+        dtype: of its elements, as safetensors calls it.
+        shape: its shape; where it is open, what says the size: ``rank``, ``rank/2``; a ``?`` ends what is not checked.
+        scales: config numbers that are multiplied into this tensor.
+        adds: whether two deltas in it are one delta: their sum.
+        along: the open axis on which two are laid side by side for that; ``None`` where the tensors are added.
+        order: slots of one host act in this order.
+        used: whether a graph has it; a part of a model, such as a VAE's encoder, may be in none.
     """
 
     name: str
@@ -79,71 +52,50 @@ class Slot:
     config: Mapping[str, Any]
     path: str
     tensor: str
-    shape: tuple[int | None, ...]
-    least: int = 0
+    dtype: str = "F32"
+    shape: tuple[int | str, ...] = ()
+    scales: tuple[str, ...] = ()
+    adds: bool = False
+    along: int | None = None
+    order: int = 0
     used: bool = True
+
+    def fits(self, shape: Sequence[int], dtype: str) -> bool:
+        return (
+            dtype == self.dtype
+            and len(shape) == len(self.shape)
+            and all(isinstance(want, str) or want == got for want, got in zip(self.shape, shape, strict=True))
+        )
 
 
 def slot_name(kind: str, path: str, tensor: str) -> str:
     return f"{kind}/{path}/{tensor}"
 
 
-def neutral(slot: Slot) -> Tensor:
-    """The value with which a slot does nothing."""
-    return torch.zeros([slot.least if n is None else n for n in slot.shape])
-
-
-def slots_of(site: Site) -> list[Slot]:
-    """The slots that a site of the trace becomes.
-
-    Raises:
-        ConverterError: ``E_ONNX_SLOT`` for a kind that no rule knows.
-    """
-    kind = site.bound.kind
-    rule = rule_of(kind.name)
-    wider = {**site.bound.config, rule.open: 5} if rule.open else dict(site.bound.config)
-    narrow = kind.tensors(site.bound.config, site.bound.shape)
-    wide = kind.tensors(wider, site.bound.shape)
-    scale = kind.document.strength or "scale"
-    said = {k: v for k, v in site.bound.config.items() if k not in {rule.open, scale}}
-    return [
-        Slot(
-            name=slot_name(kind.name, site.path, name),
-            kind=kind.name,
-            config=said,
-            path=site.path,
-            tensor=name,
-            shape=tuple(a if a == b else None for a, b in zip(spec.shape, wide[name].shape, strict=True)),
-            least=int(site.bound.shape.family == "conv"),
-        )
-        for name, spec in narrow.items()
-    ]
-
-
 def with_slots(graph: Graph, sites: Sequence[Site], slots: Mapping[str, Slot]) -> Graph:
     """A graph that also takes the tensors of sites, at any size where they are open."""
-    places = {
-        slot_name(site.bound.kind.name, site.path, name): (site, name) for site in sites for name in site.names
-    }  # fmt: skip
-    inputs, sizes = [], {}
+    places = {slot_name(site.bound.kind.name, site.path, name): (site, name) for site in sites for name in site.names}
+    inputs: list[Input] = []
+    sizes: dict[str, int] = {}
     for name, (site, tensor) in places.items():
-        shape = dict(zip(site.names, site.tensors(), strict=True))[tensor].shape
-        dims = [size if want is None else want for size, want in zip(shape, slots[name].shape, strict=True)]
-        axes = [f"{name}.{i}" if want is None else want for i, want in enumerate(slots[name].shape)]
-        sizes.update({axis: size for axis, size in zip(axes, dims, strict=True) if isinstance(axis, str)})
-        inputs.append(Input(name=name, dims=tuple(axes)))
+        value = dict(zip(site.names, site.tensors(), strict=True))[tensor]
+        dims: list[int | str] = []
+        for i, (size, want) in enumerate(zip(value.shape, slots[name].shape, strict=True)):
+            dims.append(f"{name}.{i}" if isinstance(want, str) else want)
+            sizes[f"{name}.{i}"] = size
+        inputs.append(Input(name=name, dims=tuple(dims), like=value))
 
     def call(model: nn.Module, given: dict[str, Tensor]) -> Sequence[Tensor]:
-        with _held({places[name]: given[name] for name in places}):
+        with held({places[name]: given[name] for name in places}):
             return graph.call(model, {name: value for name, value in given.items() if name not in places})
 
     return replace(graph, call=call, inputs=(*graph.inputs, *inputs), sizes=({**graph.sizes[0], **sizes},))
 
 
 @contextmanager
-def _held(values: Mapping[tuple[Site, str], Tensor]) -> Iterator[None]:
+def held(values: Mapping[tuple[Site, str], Tensor]) -> Iterator[None]:
     """Sites compute with these tensors, whatever their shapes, while the block runs."""
-    before = []
+    before: list[tuple[dict[str, Any], str, Any]] = []
     for (site, name), value in values.items():
         store: dict[str, Any] = site._parameters if name in site._parameters else site._buffers
         before.append((store, name, store[name]))
@@ -155,47 +107,71 @@ def _held(values: Mapping[tuple[Site, str], Tensor]) -> Iterator[None]:
             store[name] = value
 
 
-def rule_of(kind: str) -> Rule:
-    rule = RULES.get(kind)
-    if rule is None:
-        raise ConverterError("E_ONNX_SLOT", f"there are no slots for the kind {kind!r}", expected=", ".join(RULES),
-                             found=kind, hint='export this delta by itself: form="merged" or form="live"')  # fmt: skip
-    return rule
-
-
 def filled(
     slots: Mapping[str, Slot], kind: str, config: Mapping[str, Any], path: str, tensors: Mapping[str, Tensor], *,
-    strength: float = 1.0, scale: str = "scale",
+    strength: float = 1.0,
 ) -> dict[str, Tensor]:  # fmt: skip
     """A delta's tensors at one host as values of slots, its scale folded in.
 
     Raises:
         ConverterError: ``E_ONNX_SLOT`` where the graph has no such slot, or one of another shape or config.
     """
-    rule = rule_of(kind)
-    factor = float(config.get(scale, 1.0)) * strength
+    from deltahub.tensors import dtype_name
+
+    numbers = {**config, STRENGTH: strength}
     found: dict[str, Tensor] = {}
     for name, value in tensors.items():
         slot = slots.get(slot_name(kind, path, name))
         if slot is None:
             raise ConverterError("E_ONNX_SLOT", "the graph has no slot for this tensor", where=path,
                                  found=f"{kind}, {name}", hint="export again with this target")  # fmt: skip
-        wrong = {k: config.get(k) for k, v in slot.config.items() if config.get(k) != v}
-        if wrong:
-            raise ConverterError("E_ONNX_SLOT", "the slot is for another config", where=slot.name,
-                                 expected=dict(slot.config), found=wrong)  # fmt: skip
-        _check_shape(slot, tuple(value.shape))
         if not slot.used:
             continue
-        found[slot.name] = value.float() * factor if name in rule.scaled else value.float()
+        wrong = {k: numbers.get(k) for k, v in slot.config.items() if numbers.get(k) != v}
+        if wrong:
+            raise ConverterError("E_ONNX_SLOT", "the slot is for another config", where=slot.name,
+                                 expected={k: slot.config[k] for k in wrong}, found=wrong,
+                                 hint="export again with this delta")  # fmt: skip
+        value = value.float() if value.is_floating_point() else value
+        for number in slot.scales:
+            value = value * float(numbers[number])
+        if not slot.fits(value.shape, dtype_name(value.dtype)):
+            raise ConverterError("E_ONNX_SLOT", "the tensor does not fit its slot", where=slot.name,
+                                 expected=[slot.dtype, *slot.shape],
+                                 found=[dtype_name(value.dtype), *value.shape])  # fmt: skip
+        found[slot.name] = value
     return found
 
 
-def _check_shape(slot: Slot, shape: tuple[int, ...]) -> None:
-    fits = len(shape) == len(slot.shape) and all(b in {None, a} for a, b in zip(shape, slot.shape, strict=True))
-    if not fits:
-        raise ConverterError("E_ONNX_SLOT", "the tensor does not fit its slot", where=slot.name,
-                             expected=["any" if n is None else n for n in slot.shape], found=list(shape))  # fmt: skip
+def check_delta(slots: Mapping[str, Slot], shapes: Mapping[str, Sequence[int]], where: Any) -> None:
+    """Sizes that are open must agree at one host, and its tensors must all be there.
+
+    Raises:
+        ConverterError: ``E_ONNX_SLOT``.
+    """
+    wanted: dict[tuple[str, str], set[str]] = {}
+    for slot in slots.values():
+        wanted.setdefault((slot.kind, slot.path), set()).add(slot.tensor)
+    for kind, path in {(slots[name].kind, slots[name].path) for name in shapes}:
+        names = {name for name in shapes if (slots[name].kind, slots[name].path) == (kind, path)}
+        sizes: dict[str, set[Fraction]] = {}
+        for name in names:
+            for want, got in zip(slots[name].shape, shapes[name], strict=True):
+                if isinstance(want, str) and not want.endswith("?"):
+                    number, ratio = _read_axis(want)
+                    sizes.setdefault(number, set()).add(got / ratio)
+        tensors = {slots[name].tensor for name in names}
+        if tensors != wanted[kind, path] or any(len(one) > 1 for one in sizes.values()):
+            said = {number: sorted(map(float, found)) for number, found in sizes.items()}
+            raise ConverterError("E_ONNX_SLOT", "the tensors of one host do not go together", where=where,
+                                 found=f"{kind} at {path}: {sorted(tensors)}, {said}")  # fmt: skip
+
+
+def _read_axis(text: str) -> tuple[str, Fraction]:
+    """``rank``, ``rank/2`` or ``3*rank/2``: the number, and what it is multiplied with."""
+    body, _, below = text.partition("/")
+    factor, _, number = body.rpartition("*")
+    return number, Fraction(int(factor or 1), int(below or 1))
 
 
 def together(slots: Mapping[str, Slot], values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -208,8 +184,7 @@ def together(slots: Mapping[str, Slot], values: Sequence[Mapping[str, Any]]) -> 
             found.setdefault(name, []).append(value)
     made = {}
     for name, parts in found.items():
-        slot = slots[name]
-        along = RULES[slot.kind].joined.get(slot.tensor)
+        along = slots[name].along
         if len(parts) == 1:
             made[name] = parts[0]
         elif along is not None:
@@ -217,3 +192,29 @@ def together(slots: Mapping[str, Slot], values: Sequence[Mapping[str, Any]]) -> 
         else:
             made[name] = np.sum(parts, axis=0, dtype=parts[0].dtype)
     return made
+
+
+def check_order(slots: Mapping[str, Slot], chosen: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Whether deltas together in their slots are what they are one after the other.
+
+    Sums need no order. What is no sum acts after what the graph has before it, and no two of a kind are in one slot.
+
+    Raises:
+        ConverterError: ``E_ONNX_SLOT``.
+    """
+    hosts: dict[str, list[tuple[int, str, bool]]] = {}
+    for one in chosen:
+        for path, order, kind, adds in {(slots[n].path, slots[n].order, slots[n].kind, slots[n].adds) for n in one}:
+            hosts.setdefault(path, []).append((order, kind, adds))
+    for path, acting in hosts.items():
+        if all(adds for _, _, adds in acting):
+            continue
+        orders = [order for order, _, _ in acting]
+        if len(set(orders)) < len(orders):
+            kinds = sorted({kind for order, kind, _ in acting if orders.count(order) > 1})
+            raise ConverterError("E_ONNX_SLOT", "two deltas of this kind at one place act one after the other: no sum",
+                                 where=path, found=f"{', '.join(kinds)}: {', '.join(names)}")  # fmt: skip
+        if orders != sorted(orders):
+            raise ConverterError("E_ONNX_SLOT", "at this place the graph has these kinds in another order", where=path,
+                                 expected=", ".join(kind for _, kind, _ in sorted(acting)),
+                                 found=", ".join(kind for _, kind, _ in acting))  # fmt: skip

@@ -19,7 +19,6 @@ from deltahub.converters.onnx.exporting import (
     Clock,
     OnnxExport,
     evaluating,
-    live_sites,
     metadata_of,
     notes_of,
     opened,
@@ -27,16 +26,16 @@ from deltahub.converters.onnx.exporting import (
 )
 from deltahub.converters.onnx.graphs import Graph
 from deltahub.converters.onnx.proof import TOLERANCE, Parity, cases, effect, prove
-from deltahub.converters.onnx.slots import RULES, Slot, filled, neutral, rule_of, slots_of, with_slots
+from deltahub.converters.onnx.slots import Slot, filled
+from deltahub.converters.onnx.slotting import trace_slots
 from deltahub.converters.onnx.storing import write_data, write_model
 from deltahub.converters.onnx.tasks import graphs_of, task_of
-from deltahub.converters.onnx.tracing import Traced, structure, trace, values_of
+from deltahub.converters.onnx.tracing import values_of
 from deltahub.errors import ConverterError
 
 __all__ = ["DELTAS", "add_delta", "export_swappable"]
 
 DELTAS = "deltas"
-_TRACE = "deltahub-slots"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 
@@ -45,6 +44,7 @@ def export_swappable(
     out: str | os.PathLike[str],
     *,
     task: str | None = None,
+    graphs: Sequence[Graph] | None = None,
     opset: int | None = None,
     tolerance: float | None = None,
     overwrite: bool = False,
@@ -58,6 +58,7 @@ def export_swappable(
         source: a model with deltas, active or not, or a package.
         out: the new folder.
         task: what the graph is for; by default what the model's class says.
+        graphs: the graphs themselves, for a model that no task fits.
         opset: version of ONNX's operators.
         tolerance: as for :func:`export_onnx`.
         overwrite: replace an existing folder.
@@ -79,11 +80,13 @@ def export_swappable(
         raise ConverterError("E_ONNX_SLOT", "the model has no deltas, so it is not known where slots should be",
                              where=type(model).__name__, hint="attach one; its values do not matter")  # fmt: skip
     with evaluating(model), new_folder(Path(out), overwrite=overwrite) as folder:
-        task = task or task_of(model)
-        chosen = graphs_of(model, task)
+        task = task or ("custom" if graphs is not None else task_of(model))
+        chosen = list(graphs) if graphs is not None else graphs_of(model, task)
         opset = opset or min((one.opset or OPSET for one in chosen), default=OPSET)
         with clock("trace"):
-            slots, traces = _traced(model, chosen, list(named.values()), task=task, opset=opset)
+            slots, traces = trace_slots(
+                model, chosen, list(named.values()), task=None if graphs is not None else task, opset=opset
+            )
         with clock("write"):
             data = write_data(folder, values_of(model), traces, None)
             carry(model, folder)
@@ -105,79 +108,6 @@ def export_swappable(
             further={"slots": [asdict(slot) for slot in slots.values()]},
         )  # fmt: skip
     return result
-
-
-def _traced(
-    model: nn.Module, graphs: Sequence[Graph], chosen: Sequence[Any], *, task: str, opset: int
-) -> tuple[dict[str, Slot], list[Traced]]:
-    """Trace with one site of size 1 for every slot, and turn those sites' tensors into inputs with neutral defaults."""
-    from deltahub.attaching import attach_parts
-    from deltahub.composition import using
-    from deltahub.sites import Part
-
-    wanted: dict[tuple[str, tuple[tuple[str, Any], ...]], dict[str, Any]] = {}
-    for delta in chosen:
-        for part in delta.parts:
-            rule = rule_of(part.kind.name)
-            said = {k: v for k, v in part.config.items() if k not in rule.config}
-            for name, value in rule.fixed.items():
-                if said.get(name) != value:
-                    raise ConverterError("E_ONNX_SLOT", f"slots of the kind {part.kind.name!r} need another config",
-                                         where=f"{delta.name}/{part.name}", expected={name: value},
-                                         found={name: said.get(name)})  # fmt: skip
-            group = wanted.setdefault((part.kind.name, tuple(sorted(said.items()))), {})
-            group.update(dict.fromkeys(site.path for _, site in part.sites))
-            group.setdefault("", part.kind)
-    parts: list[Part] = []
-    for (name, facts), group in wanted.items():
-        kind = group.pop("")
-        config = kind.check_config({**RULES[name].config, **dict(facts)})
-        parts.append(Part(name=f"{name}-{len(parts)}", kind=kind, config=config, paths=list(group)))
-    _check_once(parts)
-    delta = attach_parts(model, _TRACE, parts, active=False, generator=torch.Generator().manual_seed(0), frozen=False)
-    try:
-        with using(model, _TRACE):
-            sites = live_sites(model)
-            slots = {slot.name: slot for site in sites for slot in slots_of(site)}
-            key = structure(model, sites, f"{task} slots")
-            open_graphs = [with_slots(one, sites, slots) for one in graphs]
-            traces = [trace(model, one, opset=opset, dtype=torch.float32, key=key) for one in open_graphs]
-        made = [_defaulted(one, slots) for one in traces]
-    finally:
-        delta.detach()
-    used = {name for one in made for name in one.inputs}
-    return {name: replace(slot, used=name in used) for name, slot in slots.items()}, made
-
-
-def _check_once(parts: Sequence[Any]) -> None:
-    seen: dict[tuple[str, str], Any] = {}
-    for part in parts:
-        for path in part.paths:
-            other = seen.setdefault((part.kind.name, path), part)
-            if other is not part:
-                raise ConverterError("E_ONNX_SLOT", "two deltas need slots of different config here", where=path,
-                                     expected=dict(other.config), found=dict(part.config))  # fmt: skip
-
-
-def _defaulted(traced: Traced, slots: Mapping[str, Slot]) -> Traced:
-    """Slots that the graph uses become inputs that may be left out; the others are no inputs of it."""
-    import onnx
-    from onnx import numpy_helper
-
-    model = onnx.load_model_from_string(traced.data)
-    graph = model.graph
-    read = {name for node in graph.node for name in node.input}
-    kept = []
-    for one in list(graph.input):
-        slot = slots.get(one.name)
-        if slot is None:
-            continue
-        if one.name in read:
-            graph.initializer.append(numpy_helper.from_array(neutral(slot).numpy(), one.name))
-            kept.append(one.name)
-        else:
-            graph.input.remove(one)
-    return replace(traced, data=model.SerializeToString(), inputs=tuple(kept))
 
 
 def write_delta(folder: Path, slots: Mapping[str, Slot], delta: Any) -> dict[str, Tensor]:
@@ -275,6 +205,9 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 def slots_in(report: Mapping[str, Any], folder: Path) -> dict[str, Slot]:
     try:
-        return {one["name"]: Slot(**{**one, "shape": tuple(one["shape"])}) for one in report.get("slots", ())}
+        return {
+            one["name"]: Slot(**{**one, "shape": tuple(one["shape"]), "scales": tuple(one["scales"])})
+            for one in report.get("slots", ())
+        }
     except (TypeError, KeyError) as error:
         raise ConverterError("E_ONNX_FILE", "the report's slots make no sense", where=folder / EXPORT) from error

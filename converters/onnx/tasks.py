@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltahub.converters.onnx.graphs import Graph, Input, Output
+from deltahub.converters.onnx.multimodal import image_text
 from deltahub.converters.onnx.sequences import seq2seq, text_generation
 from deltahub.errors import ConverterError
 
@@ -213,6 +214,24 @@ def _vae_decoder(model: Any) -> list[Graph]:
     ]
 
 
+def _vae_encoder(model: Any) -> list[Graph]:
+    config = model.config
+    step = 2 ** (len(config.block_out_channels) - 1)
+    grid: tuple[str | int, ...] = ("latent_height", "latent_width")
+    return [
+        Graph(
+            file="model.onnx",
+            call=lambda vae, inputs: [vae.encode(inputs["sample"]).latent_dist.parameters],  # type: ignore[operator]
+            inputs=(Input(name="sample", dims=(_BATCH, config.in_channels, "height", "width")),),
+            outputs=(Output(name="latent_parameters", dims=(_BATCH, 2 * config.latent_channels, *grid)),),
+            sizes=tuple(
+                {_BATCH: b, "height": h * step, "width": w * step, "latent_height": h, "latent_width": w}
+                for b, h, w in ((2, 6, 4), (1, 3, 5), (3, 2, 7), (1, 8, 8))
+            ),
+        )
+    ]
+
+
 _LOGITS_PER_TEXT = {"logits": (_BATCH, "?")}
 _LOGITS_PER_TOKEN = {"logits": (_BATCH, _LENGTH, "?")}
 
@@ -232,6 +251,8 @@ TASKS: Mapping[str, Callable[[Any], list[Graph]]] = {
     "unet": _unet,
     "pixart-transformer": _pixart,
     "vae-decoder": _vae_decoder,
+    "vae-encoder": _vae_encoder,
+    "image-text-to-text": image_text,
 }
 
 _BY_SUFFIX = {
@@ -249,6 +270,7 @@ _BY_NAME = {
     "UNet2DConditionModel": "unet",
     "PixArtTransformer2DModel": "pixart-transformer",
     "AutoencoderKL": "vae-decoder",
+    "LlavaForConditionalGeneration": "image-text-to-text",
 }
 
 

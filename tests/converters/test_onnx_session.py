@@ -287,13 +287,14 @@ def test_a_delta_file_that_does_not_fit(swappable: tuple[nn.Module, Path], tmp_p
         assert caught.value.code == "E_ONNX_SLOT"
 
 
-def test_a_kind_without_slots(tmp_path: Path) -> None:
+def test_slots_of_two_configs_at_one_place(tmp_path: Path) -> None:
     model = make("bert-classifier")
-    attached(model, "assign", ["classifier"])
+    attached(model, "adapter", ["output.dense"], bottleneck=2, activation="relu", name="one")
+    attached(model, "adapter", ["output.dense"], bottleneck=2, activation="tanh", name="two")
     with pytest.raises(ConverterError) as caught:
         export_onnx(model, tmp_path / "out", form="swappable")
     assert caught.value.code == "E_ONNX_SLOT"
-    assert "assign" in str(caught.value)
+    assert "tanh" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
