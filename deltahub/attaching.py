@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from deltahub import hearing, kinds, prompting, spanning
 from deltahub.attending import check_bias, shape_of
-from deltahub.choosing import Choice, by_default, choose, split
+from deltahub.choosing import Choice, Modules, by_default, choose, split
 from deltahub.composition import (
     REGISTRY,
     Registry,
@@ -94,14 +94,15 @@ def attach(
         raise UsageError("E_USAGE_DROPOUT", "dropout is a probability below 1", found=dropout)
     found = _kind(kind)
     name = found.name.rpartition(".")[2] if name is None else name
-    chosen = by_default(model, found, exclude) if targets is None else choose(model, targets, exclude)
+    modules = backbone_modules(model)
+    chosen = by_default(modules, found, exclude) if targets is None else choose(modules, targets, exclude)
     checked = found.check_config(config)
     if inputs is None and targets is None and found.document.inputs:
         inputs = found.document.inputs
-    sources = () if inputs is None else choose(model, inputs, exclude)
-    parts = split(model, name, found, checked, chosen, sources, dropout=dropout)
+    sources = () if inputs is None else choose(modules, inputs, exclude)
+    parts = split(modules, name, found, checked, chosen, sources, dropout=dropout)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    return attach_parts(model, name, parts, frozen=frozen, dtype=dtype, generator=generator)
+    return attach_parts(model, name, parts, frozen=frozen, dtype=dtype, generator=generator, modules=modules)
 
 
 def _kind(kind: str | Mapping[str, object] | os.PathLike[str]) -> Kind:
@@ -122,10 +123,12 @@ def attach_parts(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
     active: bool = True,
+    modules: Modules | None = None,
 ) -> Delta:
     """Attach the parts of one delta at exact paths; the mechanism behind :func:`attach` and ``deltahub.load``.
 
-    Everything is resolved, checked and built before the model is touched.
+    Everything is resolved, checked and built before the model is touched. ``modules`` are those of the backbone, where
+    the caller has walked over them already.
     """
     if not _NAME.fullmatch(name):
         raise UsageError(
@@ -135,7 +138,7 @@ def attach_parts(
     if name in home:
         raise InjectionError("E_INJECTION_NAME_TAKEN", f"a delta {name!r} is attached already", hint="give name=")
     require_unmixed(home)
-    modules = backbone_modules(model)
+    modules = backbone_modules(model) if modules is None else modules
     draws = Draws(generator or torch.default_generator)
     built: list[tuple[Part, nn.Module, Site]] = []
     for part in parts:
@@ -164,7 +167,7 @@ def attach_parts(
     home.undo += _unnested(modules, {site.path for _, _, site in built})
     _hear(modules, delta.prompted)
     if frozen:
-        freeze(model, home)
+        freeze(modules, home)
     if active:
         home.switch.choose("\n".join([*acting, name]))
     return delta

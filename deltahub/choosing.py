@@ -11,23 +11,26 @@ from deltahub.errors import TargetError
 from deltahub.places import Rows, parameters_of, place_of
 from deltahub.roles import ROLE_PREFIX, Target, in_order, targets_of
 from deltahub.sites import Part
-from deltahub.targets import backbone_modules, select
+from deltahub.targets import select
 
 if TYPE_CHECKING:
     from deltahub.kinds import Kind
 
-__all__ = ["Choice", "by_default", "choose", "split"]
+__all__ = ["Choice", "Modules", "by_default", "choose", "split"]
+
+Modules = Mapping[str, nn.Module]
+"""The modules of a backbone by path, from :func:`~deltahub.targets.backbone_modules`: the root under the empty one."""
 
 Choice = Callable[[str, nn.Module], bool]
 """An author's own choice of modules, by path and module."""
 
 
-def by_default(model: nn.Module, kind: Kind, exclude: str | Sequence[str]) -> list[Target]:
+def by_default(modules: Modules, kind: Kind, exclude: str | Sequence[str]) -> list[Target]:
     """Where a kind's document puts it: all of its own targets that this architecture has."""
     found: set[Target] = set()
     for target in kind.document.targets:
         try:
-            found |= set(choose(model, target, exclude))
+            found |= set(choose(modules, target, exclude))
         except TargetError as error:
             if error.code == "E_TARGET_ARCHITECTURE":
                 raise
@@ -39,12 +42,13 @@ def by_default(model: nn.Module, kind: Kind, exclude: str | Sequence[str]) -> li
             hint="give targets=, such as 'query' or 'role:attention.query'",
         )
     whole = {target.path for target in found if target.rows is None}  # a fused module that is meant whole is not cut
-    return in_order(model, {target for target in found if target.rows is None or target.path not in whole})
+    return in_order(modules, {target for target in found if target.rows is None or target.path not in whole})
 
 
-def choose(model: nn.Module, targets: str | Sequence[str] | Choice, exclude: str | Sequence[str]) -> list[Target]:
+def choose(backbone: Modules, targets: str | Sequence[str] | Choice, exclude: str | Sequence[str]) -> list[Target]:
     """What an author means, in the model's order: modules, parameters that are hosts of their own, and rows of both."""
-    modules = {path: module for path, module in backbone_modules(model).items() if path}
+    model = backbone[""]
+    modules = {path: module for path, module in backbone.items() if path}
     wanted = [targets] if isinstance(targets, str) or callable(targets) else list(targets)
     found: set[Target] = set()
     endings: dict[object, set[Target]] = {}  # what a single name selects, for all of them in one look
@@ -62,12 +66,12 @@ def choose(model: nn.Module, targets: str | Sequence[str] | Choice, exclude: str
         else:
             found |= {Target(path) for path in _selected(model, modules, target)}
     if exclude:
-        every = {**modules, **parameters_of({"": model, **modules})}
+        every = {**modules, **parameters_of(backbone)}
         kept = set(select(every, "**", exclude))
         found = {target for target in found if target.path in kept}
     if not found:
         raise TargetError("E_TARGET_NOTHING", "no module is left to attach to", hint="see model.named_modules()")
-    return in_order(model, found)
+    return in_order(backbone, found)
 
 
 def _selected(model: nn.Module, modules: Mapping[str, nn.Module], target: str) -> list[str]:
@@ -85,7 +89,7 @@ def _selected(model: nn.Module, modules: Mapping[str, nn.Module], target: str) -
 
 
 def split(
-    model: nn.Module,
+    modules: Modules,
     name: str,
     kind: Kind,
     config: Mapping[str, object],
@@ -97,7 +101,7 @@ def split(
     """Targets as parts of a delta: one part for all whole modules, and one for each way of being a part of a host.
 
     Args:
-        model: the model.
+        modules: of the backbone.
         name: of the first part; the others add to it.
         kind: of all of them.
         config: the same.
@@ -110,7 +114,6 @@ def split(
     """
     if sources:
         return [_spans(name, kind, config, chosen, sources, dropout=dropout)]
-    modules = backbone_modules(model)
     alike: dict[tuple[Rows | None, int], list[str]] = {}
     for target in chosen:
         place = place_of(modules, target.path)

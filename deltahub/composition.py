@@ -241,26 +241,26 @@ def _lookup(home: Mapping[str, Any], name: str) -> Any:
 def thaw(model: nn.Module, home: Registry) -> None:
     """Give every parameter of the backbone the ``requires_grad`` that it had before the first delta."""
     if home.frozen is not None:
-        for name, parameter in _parameters(model):
+        for name, parameter in _parameters(backbone_modules(model)):
             if name in home.frozen:
                 parameter.requires_grad_(home.frozen[name])
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
     """The backbone's own parameters, each once."""
     seen: set[int] = set()
-    for path, module in backbone_modules(model).items():
+    for path, module in modules.items():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield f"{path}.{name}" if path else name, parameter
 
 
-def freeze(model: nn.Module, home: Registry) -> None:
+def freeze(modules: Mapping[str, nn.Module], home: Registry) -> None:
     """Freeze the backbone once, and remember what was trainable."""
     if home.frozen is None:
         home.frozen = {}
-        for name, parameter in _parameters(model):
+        for name, parameter in _parameters(modules):
             home.frozen[name] = parameter.requires_grad
             if parameter.requires_grad:
                 parameter.requires_grad = False

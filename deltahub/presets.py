@@ -16,10 +16,11 @@ from torch import nn
 
 from deltahub import kinds
 from deltahub.attaching import attach_parts
-from deltahub.choosing import by_default, choose, split
+from deltahub.choosing import Modules, by_default, choose, split
 from deltahub.delta import Delta
 from deltahub.errors import UsageError
 from deltahub.sites import Part
+from deltahub.targets import backbone_modules
 
 __all__ = ["Preset", "PresetPart", "attach_preset", "get", "names"]
 
@@ -134,15 +135,16 @@ def attach_preset(
     known = {key for part in chosen.parts for key in kinds.get(part.kind).document.config}
     if strange := sorted(set(changes) - known):
         raise UsageError("E_USAGE_PRESET", f"no part of preset {preset!r} has such config values", found=strange)
-    parts = [one for part in chosen.parts for one in _parts(model, part, targets, exclude, changes)]
+    modules = backbone_modules(model)
+    parts = [one for part in chosen.parts for one in _parts(modules, part, targets, exclude, changes)]
     used = {part.kind for part in chosen.parts}
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     name = name or (used.pop() if len(used) == 1 else preset)
-    return attach_parts(model, name, parts, frozen=frozen, dtype=dtype, generator=generator)
+    return attach_parts(model, name, parts, frozen=frozen, dtype=dtype, generator=generator, modules=modules)
 
 
 def _parts(
-    model: nn.Module,
+    modules: Modules,
     part: PresetPart,
     targets: str | Sequence[str] | None,
     exclude: str | Sequence[str],
@@ -152,6 +154,6 @@ def _parts(
     own = {key: value for key, value in changes.items() if key in kind.document.config}
     config = kind.check_config({**part.config, **own})
     wanted = part.targets if targets is None else targets
-    chosen = choose(model, wanted, exclude) if wanted else by_default(model, kind, exclude)
+    chosen = choose(modules, wanted, exclude) if wanted else by_default(modules, kind, exclude)
     inputs = kind.document.inputs if not wanted else ()
-    return split(model, part.name, kind, config, chosen, choose(model, inputs, exclude) if inputs else ())
+    return split(modules, part.name, kind, config, chosen, choose(modules, inputs, exclude) if inputs else ())

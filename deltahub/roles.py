@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from deltahub.errors import TargetError
 from deltahub.hosts import view_of
 from deltahub.places import Rows, parameters_of, place_of
-from deltahub.targets import backbone_modules, select
+from deltahub.targets import select
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,10 +36,10 @@ class Target:
     rows: Rows | None = None
 
 
-def in_order(model: nn.Module, targets: Iterable[Target]) -> list[Target]:
-    """Targets in the model's order: a module's parameters after it, rows by where they begin."""
+def in_order(modules: Iterable[str], targets: Iterable[Target]) -> list[Target]:
+    """Targets in the order of a model's modules: a module's parameters after it, rows by where they begin."""
     wanted = set(targets)
-    place = {path: i for i, path in enumerate(backbone_modules(model))}
+    place = {path: i for i, path in enumerate(modules)}
 
     def key(target: Target) -> tuple[int, str, tuple[int, ...]]:
         at = place.get(target.path)
@@ -175,7 +175,7 @@ def targets_of(model: nn.Module, role: str, modules: Mapping[str, nn.Module]) ->
             expected=", ".join(known),
             hint=f"did you mean {near[0]!r}?" if near else None,
         )
-    return in_order(model, found)
+    return in_order(whole, found)
 
 
 def _matching(inside: Mapping[str, object], patterns: Iterable[str]) -> list[str]:
