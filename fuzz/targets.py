@@ -77,7 +77,7 @@ def bundle(data: bytes) -> None:
     try:
         bundles.open_bundle(data, {}, "fuzz")
     except DeltaHubError:
-        bundles._resources("application/vnd.in-toto+json", data, "fuzz")
+        bundles.resources_of("application/vnd.in-toto+json", data, "fuzz")
     else:
         raise AssertionError("a signature by nobody was accepted")
 

@@ -151,7 +151,6 @@ def test_adapterhub_gives_its_own_outputs(name: str, kind: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "change", "code"),
     [
-        ("pfeiffer", {"is_parallel": True}, "E_CONVERT_UNSUPPORTED"),
         ("pfeiffer", {"original_ln_after": False}, "E_CONVERT_UNSUPPORTED"),
         ("pfeiffer", {"residual_before_ln": False}, "E_CONVERT_UNSUPPORTED"),
         ("pfeiffer", {"scaling": "learned"}, "E_CONVERT_MISSING"),
