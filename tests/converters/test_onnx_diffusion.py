@@ -27,7 +27,8 @@ def pipeline(unet: Any) -> Any:
         bos_token_id=0, eos_token_id=98, pad_token_id=0,
     )  # fmt: skip
     made = StableDiffusionPipeline(
-        vae=make("vae"), text_encoder=CLIPTextModel(text).eval(), tokenizer=None, unet=unet, scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        vae=make("vae"), text_encoder=CLIPTextModel(text).eval(), tokenizer=None, unet=unet,
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     made.set_progress_bar_config(disable=True)
