@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from deltahub.composition import using
 from deltahub.errors import UsageError
+from deltahub.package import Package
 from deltahub.recipes.data import Batch
 from deltahub.recipes.features import Seen, distance, first, min_snr, watch
 from deltahub.recipes.plot import loglog
 
 if TYPE_CHECKING:
     from deltahub.delta import Delta
-    from deltahub.package import Package
 
 __all__ = ["Options", "Result", "distil"]
 
@@ -278,12 +278,8 @@ def distil(
     return _finish(run, probe, readme)
 
 
-def _finish(run: _Run, probe: Mapping[str, Tensor] | None, readme: str | None) -> Result:
-    """Publish the average: the log, its plot, the package."""
-    if run.options.ema:
-        with torch.no_grad():
-            for p, mean in zip(run.parameters, run.average, strict=True):
-                p.copy_(mean)
+def _log(run: _Run) -> None:
+    """The terms of the loss as a table and as a picture."""
     with (run.folder / "losses.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["step", *run.history])
@@ -293,9 +289,24 @@ def _finish(run: _Run, probe: Mapping[str, Tensor] | None, readme: str | None) -
     }
     if curves:
         loglog(run.folder / "losses.png", curves, title="Distillation", x="step", y="loss")
+
+
+def _finish(run: _Run, probe: Mapping[str, Tensor] | None, readme: str | None) -> Result:
+    """Publish the average: the log, its plot, the package."""
+    if run.options.ema:
+        with torch.no_grad():
+            for p, mean in zip(run.parameters, run.average, strict=True):
+                p.copy_(mean)
     extension = {
         "org.deltahub.distil": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(run.options).items()}
     }
-    package = run.delta.save(run.folder / "package", probe=probe, readme=readme, extensions=extension, overwrite=True)
+    place = run.folder / "package"
+    try:
+        if run.accelerator.is_main_process:
+            _log(run)
+            run.delta.save(place, probe=probe, readme=readme, extensions=extension, overwrite=True)
+    finally:
+        run.accelerator.wait_for_everyone()
+    package = Package.open(place)
     history = {name: tuple(values) for name, values in run.history.items()}
     return Result(package=package, history=history, folder=run.folder)
