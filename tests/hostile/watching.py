@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import sys
@@ -98,7 +99,11 @@ def _descriptors() -> set[str]:
 
 def _children() -> list[str]:
     mine = Path("/proc/self/task")
-    return [pid for task in mine.iterdir() for pid in (task / "children").read_text().split()]
+    found: list[str] = []
+    for task in mine.iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread may end while it is looked at
+            found += (task / "children").read_text().split()
+    return found
 
 
 _current: list[Watch] = []
