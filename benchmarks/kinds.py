@@ -33,7 +33,7 @@ from deltahub.demo.training import Texts, accuracy, encode
 if TYPE_CHECKING:
     from transformers import BertForSequenceClassification
 
-__all__ = ["ABSENT", "BEHIND", "SETTINGS", "Row", "Setting", "main", "rows_in", "table"]
+__all__ = ["ABSENT", "SETTINGS", "Row", "Setting", "main", "rows_in", "table"]
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- kinds:begin -->", "<!-- kinds:end -->"
@@ -74,6 +74,18 @@ def _frequent(delta: Delta, model: Any, texts: Texts) -> None:
         rows.copy_(model.get_submodule(site.path).weight[common])
 
 
+def _beginning(delta: Delta, model: Any, texts: Texts) -> None:
+    """A prompt that begins with the token that the head reads, as every sentence does, and goes on with common ones."""
+    (site,) = delta.sites
+    tensors = dict(zip(site.names, site.tensors(), strict=True))
+    common = torch.bincount(texts.ids[texts.mask.bool()]).argsort(descending=True)
+    words = torch.cat([texts.ids[0, :1], common[common != texts.ids[0, 0]]])[: len(tensors["embedding"])]
+    with torch.no_grad():
+        tensors["embedding"].copy_(model.get_input_embeddings().weight[words])
+        for name in {"left", "right"} & set(tensors):
+            tensors[name].fill_(1.0)
+
+
 LOW = {"rank": 8, "scale": 2.0}
 SETTINGS: Mapping[str, Setting] = {
     "adalora": Setting(config=LOW),
@@ -107,12 +119,12 @@ SETTINGS: Mapping[str, Setting] = {
     "loreft": Setting(config={"rank": 8}, targets=["layer.*.output"]),
     "low-rank-adapter": Setting(config={"bottleneck": 16, "rank": 2}, rate=1e-2, targets=BOTTLENECKS),
     "miss": Setting(config={"rank": 8}, targets=ATTENTION),
-    "multitask-prompt": Setting(config={"length": 10, "tasks": 2}, rate=3e-2, below=True),
+    "multitask-prompt": Setting(config={"length": 10, "tasks": 2}, rate=1e-2, below=True, prepare=_beginning),
     "oft": Setting(config={"block": 16}, rate=1e-2, targets=ATTENTION),
     "parallel-adapter": Setting(config={"bottleneck": 16}, targets=BOTTLENECKS),
     "peanut": Setting(config={"rank": 16}, targets=ATTENTION),
     "prefix": Setting(config={"length": 10}, rate=5e-2),
-    "prompt": Setting(config={"length": 10, "start": "tokens"}, rate=3e-2, below=True),
+    "prompt": Setting(config={"length": 10}, rate=1e-2, below=True, prepare=_beginning),
     "psoft": Setting(config={"rank": 32}, rate=1e-2, targets=ATTENTION),
     "randlora": Setting(config={"rank": 8, "bases": 48, "scale": 20.0}, rate=3e-2, targets=ATTENTION),
     "road": Setting(config={"size": 64}, rate=1e-2, targets=ATTENTION),
@@ -130,9 +142,6 @@ ABSENT: Mapping[str, str] = {
     "locon": "acts on convolutions, which this backbone has none of",
 }
 """Kinds that have no place in this task, and why."""
-
-BEHIND = frozenset({"multitask-prompt"})
-"""Kinds that so few steps leave behind a head alone: the row is in the table all the same."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,8 @@ def test_the_readme_shows_how_every_kind_was_trained() -> None:
     assert table.strip() == training.table(rows.values())
     assert f"{training.STEPS} steps" in text
     alone = rows.pop(training.HEAD)
-    assert {name for name, row in rows.items() if row.loss >= alone.loss} == training.BEHIND
+    behind = {name for name, row in rows.items() if row.loss >= alone.loss or row.accuracy <= alone.accuracy}
+    assert not behind, "kinds that do not learn"
 
 
 def test_an_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

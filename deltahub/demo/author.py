@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ def main(arguments: list[str]) -> int:
     """Play the author; ``arguments``: the shared folder, the number of the first step, the number of epochs."""
     shared, first, epochs = Path(arguments[0]), int(arguments[1]), int(arguments[2])
     steps = Steps(Console(), first=first)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao, where it is installed, as it is loaded
     torch.manual_seed(0)
     try:
         corpus = Corpus.read(shared / "corpus.json")
