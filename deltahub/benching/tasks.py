@@ -223,6 +223,7 @@ def mixed(side: Side, options: Mapping[str, Any]) -> Found:
     for i in range(1, count):
         side.add(f"d{i}")
     side.fill()
+    side.live.eval()  # peft's wrapper is fresh, and takes names for rows in this mode only
     side.switch("d0")
     names = [f"d{i}" for i in range(count)]
     for tokens in options["tokens"]:
