@@ -81,7 +81,7 @@ fuzz: venv
 PEERS ?= build/peers
 peers: venv
 	test -x $(PEERS)/bin/python || $(PY) -m venv $(PEERS)
-	$(PEERS)/bin/pip --disable-pip-version-check --quiet install adapters==1.3.0
+	$(PEERS)/bin/pip --disable-pip-version-check --quiet install "$$(grep ^torch== constraints.txt)" adapters==1.3.0
 	$(PY) -m tests.peers $(PEERS)/bin/python
 
 docs: venv
