@@ -16,7 +16,7 @@ from deltahub.converters.low_rank import padded
 from deltahub.converters.packages import opened
 from deltahub.converters.peft_keys import fitted
 from deltahub.converters.shards import new_folder
-from deltahub.errors import ConverterError
+from deltahub.errors import ConverterError, TensorFileError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,12 +36,8 @@ def sniff(path: Path) -> bool:
         return (path / WEIGHTS).is_file() and bool(
             {"lora_parameters", "fine_tune_type"} & read_json(path / CONFIG).keys()
         )
-    except (ConverterError, OSError):
+    except (ConverterError, TensorFileError, OSError):
         return False
-    except Exception as error:
-        if type(error).__name__ == "TensorFileError":
-            return False
-        raise
 
 
 def import_(

@@ -22,7 +22,7 @@ from deltahub.converters.parameters import base_values, whole
 from deltahub.converters.peft_config import EXTENSION, Scales, Wanted, check_config, kept
 from deltahub.converters.peft_keys import fitted, live_names
 from deltahub.converters.peft_methods import METHODS, tokens
-from deltahub.errors import ConverterError
+from deltahub.errors import ConverterError, TensorFileError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -63,12 +63,8 @@ def sniff(path: Path) -> bool:
         return "peft_type" in read_json(path / CONFIG) and (
             (path / WEIGHTS).exists() or (path / PICKLE).exists() or not any(path.glob("adapter_*.pt"))
         )
-    except (ConverterError, OSError):
+    except (ConverterError, TensorFileError, OSError):
         return False
-    except Exception as error:
-        if type(error).__name__ == "TensorFileError":
-            return False
-        raise
 
 
 def import_(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from deltahub.errors import HostError
 from deltahub.hosts import view_of
 from deltahub.kinds.host_shape import HostShape
+from deltahub.targets import class_names
 
 __all__ = ["Attention", "Extra", "attending", "attention_of", "check_bias", "joined", "shape_of"]
 
@@ -63,8 +64,7 @@ def _table() -> Mapping[str, Attention]:
 
 def attention_of(base: Any) -> Attention | None:
     """What is known of a class as attention; ``None`` for any other."""
-    names = (f"{c.__module__.partition('.')[0]}.{c.__name__}" for c in base.__mro__)
-    entry = next((_table()[name] for name in names if name in _table()), None)
+    entry = next((_table()[name] for name in class_names(base) if name in _table()), None)
     return entry if entry is not None and _LOOKUP in base.forward.__globals__ else None
 
 

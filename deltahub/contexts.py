@@ -10,17 +10,17 @@ Who knows is data: ``spec/contexts.toml`` for the libraries, :func:`register` fo
 
 from __future__ import annotations
 
-import functools
 import inspect
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from deltahub.errors import HostError
+from deltahub.targets import class_names
 
 __all__ = [
     "CARRIED",
@@ -102,21 +102,15 @@ def register(entry: Provider | Block) -> None:
         _PROVIDERS[entry.name] = entry
     else:
         _BLOCKS[entry.name] = entry
-    _names.cache_clear()
-
-
-@functools.cache
-def _names(cls: Any) -> tuple[str, ...]:
-    return tuple(f"{c.__module__.partition('.')[0]}.{c.__name__}" for c in cls.__mro__)
 
 
 def _is(module: Any, names: Collection[str]) -> bool:
-    return not set(names).isdisjoint(_names(cast(Any, type(module))))
+    return not set(names).isdisjoint(class_names(type(module)))
 
 
 def _known(table: Mapping[str, Any], module: nn.Module | type) -> Any:
     cls = module if isinstance(module, type) else type(module)
-    return next((table[name] for name in _names(cast(Any, cls)) if name in table), None)
+    return next((table[name] for name in class_names(cls) if name in table), None)
 
 
 def block_of(cls: type[nn.Module]) -> Block | None:

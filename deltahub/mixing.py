@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deltahub.attending import Extra
 from deltahub.errors import InjectionError
-from deltahub.products import Products
+from deltahub.products import Products, SiteLike
 from deltahub.prompting import Prompts
 
 __all__ = [
@@ -58,19 +58,6 @@ def _refuse(what: str, **more: Any) -> InjectionError:
     return InjectionError("E_INJECTION_ROWS", what, **more)
 
 
-class _Site(Protocol):
-    delta: str
-    path: str
-    dropout: float
-    training: bool
-    bound: Any
-    names: tuple[str, ...]
-    rows: Any
-    view: Any
-
-    def tensors(self) -> list[Tensor]: ...
-
-
 class _Plan(Protocol):
     """What is used of :class:`deltahub.sites.Plan`."""
 
@@ -92,7 +79,7 @@ class _Plan(Protocol):
     def rescore(self, module: nn.Module, scores: Tensor) -> Tensor: ...
 
 
-def check_mixable(sites: Sequence[_Site]) -> None:
+def check_mixable(sites: Sequence[SiteLike]) -> None:
     """Refuse sites whose hosts do not see one sample after the other, or whose kinds speak of the whole batch.
 
     Raises:

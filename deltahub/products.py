@@ -12,10 +12,12 @@ from torch import Tensor
 
 from deltahub.kinds.torch_ops import SETTLED
 
-__all__ = ["LowRank", "Products", "looks_along", "low_rank"]
+__all__ = ["LowRank", "Products", "SiteLike", "looks_along", "low_rank"]
 
 
-class _Site(Protocol):
+class SiteLike(Protocol):
+    """What is used of :class:`deltahub.sites.Site`."""
+
     delta: str
     path: str
     dropout: float
@@ -94,7 +96,7 @@ class Products:
 
     __slots__ = ("_came", "_key", "_stack", "entries", "switch")
 
-    def __init__(self, entries: Sequence[tuple[_Site, LowRank] | None], switch: Any) -> None:
+    def __init__(self, entries: Sequence[tuple[SiteLike, LowRank] | None], switch: Any) -> None:
         self.entries = tuple(entries)
         self.switch = switch
         self._came = False
@@ -104,7 +106,7 @@ class Products:
     @classmethod
     def of(cls, plans: Sequence[_Plan | None], switch: Any) -> Products | None:
         """``None`` where a group is something else, or there is one group only."""
-        found: list[tuple[_Site, LowRank] | None] = []
+        found: list[tuple[SiteLike, LowRank] | None] = []
         for plan in plans:
             if plan is None:
                 found.append(None)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from deltahub.errors import HostError
 from deltahub.kinds.host_shape import HostShape
+from deltahub.targets import class_names
 
 __all__ = [
     "Prompted",
@@ -63,8 +64,7 @@ def _table() -> Mapping[str, Transformer]:
 
 def transformer_of(base: Any) -> Transformer | None:
     """What is known of a class as a transformer; ``None`` for any other."""
-    names = (f"{c.__module__.partition('.')[0]}.{c.__name__}" for c in base.__mro__)
-    return next((_table()[name] for name in names if name in _table()), None)
+    return next((_table()[name] for name in class_names(base) if name in _table()), None)
 
 
 def embedding_of(module: Any) -> nn.Module:

@@ -13,6 +13,7 @@ __all__ = [
     "abbreviate",
     "backbone_modules",
     "check_path",
+    "class_names",
     "expand",
     "expand_all",
     "select",
@@ -20,4 +21,4 @@ __all__ = [
 
 from deltahub.targets.authoring import Selector, abbreviate, select
 from deltahub.targets.patterns import check_path, expand, expand_all
-from deltahub.targets.walking import SITE_PREFIX, backbone_modules
+from deltahub.targets.walking import SITE_PREFIX, backbone_modules, class_names

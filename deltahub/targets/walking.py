@@ -1,9 +1,10 @@
-"""The modules of a backbone, without what deltas have put into them."""
+"""The modules of a backbone, without what deltas have put into them; the names by which data call their classes."""
 
 from __future__ import annotations
 
-__all__ = ["SITE_PREFIX", "backbone_modules"]
+__all__ = ["SITE_PREFIX", "backbone_modules", "class_names"]
 
+import functools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,3 +38,9 @@ def backbone_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 _LENGTH = len(SITE_PREFIX)
+
+
+@functools.cache
+def class_names(cls: type) -> tuple[str, ...]:
+    """Library and name of a class and of those above it, such as ``diffusers.Attention``, the nearest first."""
+    return tuple(f"{c.__module__.partition('.')[0]}.{c.__name__}" for c in cls.__mro__)
