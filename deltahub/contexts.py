@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -105,7 +105,7 @@ def register(entry: Provider | Block) -> None:
 
 
 def _is(module: Any, names: Collection[str]) -> bool:
-    return not set(names).isdisjoint(class_names(type(module)))
+    return not set(names).isdisjoint(class_names(cast(Any, type(module))))
 
 
 def _known(table: Mapping[str, Any], module: nn.Module | type) -> Any:
